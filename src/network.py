@@ -1,45 +1,10 @@
 """The challenge's frozen U-Net: 58,753,283 parameters, or 59,934,979 with the extra condition."""
 
-import math
-
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from src.module import DownSample, ResBlock, Swish, UpSample
-
-
-class TimeEmbedding(nn.Module):
-    """Sinusoidal features of a scalar, then Linear-SiLU-Linear to `hidden_size`."""
-
-    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-        self.frequency_embedding_size = frequency_embedding_size
-
-    @staticmethod
-    def timestep_embedding(t: Tensor, dim: int, max_period: int = 10000) -> Tensor:
-        """[cos, sin] of t times dim/2 geometric frequencies from 1 down to about 1/max_period.
-
-        Args:
-            t: [B], in roughly [0, 1000]; fractions are fine.
-            dim: width of the result (an odd one is padded with a zero).
-        Returns: [B, dim], float32.
-        """
-        half = dim // 2
-        freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half).to(t.device)
-        args = t[:, None].float() * freqs[None]
-        embedding = torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
-        if dim % 2:
-            embedding = torch.cat([embedding, torch.zeros_like(embedding[:, :1])], dim=-1)
-        return embedding
-
-    def forward(self, t: Tensor) -> Tensor:
-        if t.ndim == 0:
-            t = t[None]
-        return self.mlp(self.timestep_embedding(t, self.frequency_embedding_size))
+from src.module import DownSample, ResBlock, Swish, TimeEmbedding, UpSample
 
 
 class UNet(nn.Module):

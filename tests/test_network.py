@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.network import TimeEmbedding, UNet
+from src.module import TimeEmbedding
+from src.network import UNet
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = dict(ch=32, num_res_blocks=1)

@@ -1,0 +1,203 @@
+"""The flow map: straight path, jump sampler, objective, and the factory the challenge's scripts call.
+
+Time runs from t = 0 (data) to t = 1 (noise): x_t = (1 - t) x + t eps, v = eps - x. The network is a flow map
+u(x_t, t, d), the mean velocity from t down to t - d, with d as the U-Net's extra condition. Training methods
+differ only in their loss on u (`src/objectives/`); one sampler walks any grid of times with one call a jump.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from src.base_model import BaseGenerativeModel, BaseScheduler
+from src.network import UNet
+from src.objectives import OBJECTIVES
+from src.objectives.contract import Nets, eval_mode
+from src.utils import UserError, expand_t
+
+# The challenge's network, and a small one for tests and CPU experiments (no submission may use it).
+UNETS = {
+    "full": dict(ch=128, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=4, dropout=0.1),
+    "small": dict(ch=32, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=1, dropout=0.1),
+}
+IMAGE_SIZES = (64, 32)
+TIME_SAMPLINGS = ("uniform", "u_shaped", "logit_normal")
+
+
+class CustomScheduler(BaseScheduler):
+    """The straight path between data (t = 0) and noise (t = 1) of rectified flow (arXiv:2209.03003).
+
+    Args:
+        num_train_timesteps: what t and d in [0, 1] are multiplied with before the network embeds them.
+        time_sampling: density of the training times: "uniform"; "u_shaped", proportional to
+            cosh(4 (2t - 1)) (arXiv:2405.20320); "logit_normal", t = sigmoid(N(0, 1))
+            (arXiv:2403.03206, section 3.1).
+        time_grids: {NFE: [1, ..., 0]}, decreasing times for `sample`; uniform grids for NFEs not named.
+    """
+
+    def _setup(self, time_sampling: str = "uniform", time_grids: dict | None = None) -> None:
+        if time_sampling not in TIME_SAMPLINGS:
+            raise UserError(f"unknown time_sampling {time_sampling!r}: choose one of {', '.join(TIME_SAMPLINGS)}")
+        self.time_sampling = time_sampling
+        self.time_grids = {int(nfe): [float(t) for t in grid] for nfe, grid in (time_grids or {}).items()}
+        for nfe, grid in self.time_grids.items():
+            falling = all(a > b for a, b in zip(grid, grid[1:], strict=False))
+            if len(grid) != nfe + 1 or grid[0] != 1 or grid[-1] != 0 or not falling:
+                raise UserError(f"time grid for NFE {nfe} must fall from 1 to 0 in {nfe} jumps, got {grid}")
+
+    def sample_timesteps(self, batch_size: int, device: torch.device) -> Tensor:
+        """Draw training times in [0, 1], [batch_size], by `time_sampling`."""
+        if self.time_sampling == "logit_normal":
+            return torch.randn(batch_size, device=device).sigmoid()
+        t = torch.rand(batch_size, device=device)
+        if self.time_sampling == "u_shaped":  # by the inverse of the density's distribution function
+            t = 0.5 + torch.asinh((2 * t - 1) * math.sinh(4)) / 8
+        return t
+
+    def time_grid(self, nfe: int) -> list[float]:
+        """The times a sample visits in `nfe` jumps, nfe + 1 of them, from 1 down to 0."""
+        if nfe < 1:
+            raise ValueError(f"need at least one network call, got {nfe}")
+        return self.time_grids.get(nfe) or [1 - i / nfe for i in range(nfe + 1)]
+
+    def forward_process(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = (1 - t) x + t eps; data and noise [B, ...], t [B] in [0, 1]."""
+        t = expand_t(t, data)
+        return (1 - t) * data + t * noise
+
+    def reverse_process_step(self, xt: Tensor, pred: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        """Jump from x_t to x_{t_next} = x_t - (t - t_next) u; xt and pred [B, ...], times [B]."""
+        return xt - expand_t(t - t_next, xt) * pred
+
+    def get_target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The velocity v = dx_t/dt = eps - x, the same at every t."""
+        return noise - data
+
+
+class CustomGenerativeModel(BaseGenerativeModel):
+    """A flow map u(x_t, t, d) on a network, trained by one of `src/objectives/`.
+
+    Args:
+        objective: a name in `src.objectives.OBJECTIVES`.
+        image_size: height and width it is trained at; the challenge's is 64.
+    """
+
+    def _setup(self, objective: str = "shortcut", image_size: int = 64) -> None:
+        self.objective = OBJECTIVES[objective](self.scheduler)
+        self.image_size = image_size
+
+    def predict(self, xt: Tensor, t: Tensor | float, d: Tensor | float | None = None) -> Tensor:
+        """The mean velocity u(x_t, t, d) from t down to t - d, shaped like xt and in its precision.
+
+        Args:
+            xt: [B, ...].
+            t: [B] or a number, in [0, 1].
+            d: [B] or a number, in [0, t]; None is 0, the instantaneous velocity.
+        Raises: ValueError if d is given to a network without the extra condition.
+        """
+        scale = self.scheduler.num_train_timesteps
+
+        def embedded(time):
+            return torch.as_tensor(time, dtype=torch.float32, device=xt.device).expand(len(xt)) * scale
+
+        if self.network.use_additional_condition:
+            return self.network(xt, embedded(t), embedded(0.0 if d is None else d)).to(xt.dtype)
+        if d is not None:
+            raise ValueError("this network has no extra condition, so it cannot be asked for a jump d")
+        return self.network(xt, embedded(t)).to(xt.dtype)
+
+    def compute_loss(self, data: Tensor, noise: Tensor, **kwargs) -> Tensor:
+        """Scalar loss of images in [-1, 1] and Gaussian noise, both [B, 3, H, W].
+
+        For loops that know nothing of an EMA: the network stands in for its own average. The engine of
+        `src/training/` calls the objective itself.
+        """
+        nets = Nets(student=self, ema=self)
+        loss, _ = self.objective.loss(nets, data, noise, step=0, draw=self.objective.draw(len(data)))
+        return loss.mean()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        num_inference_timesteps: int = 20,
+        return_traj: bool = False,
+        verbose: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Generate images with exactly `num_inference_timesteps` network calls (NFE).
+
+        Args:
+            shape: [B, 3, H, W].
+            return_traj: return every state from noise to image (NFE + 1 of them) instead of the last.
+            verbose: show a progress bar.
+            generator: source of the noise; a list of B generators makes each image depend on its own alone.
+                Default: the device's global generator.
+        Returns: float32 images on the model's device, about [-1, 1], not clamped.
+        """
+        x = self._noise(shape, generator)
+        traj = [x]
+        grid = self.scheduler.time_grid(num_inference_timesteps)
+        with eval_mode(self):
+            for t, t_next in tqdm(list(zip(grid, grid[1:], strict=False)), disable=not verbose, desc="sampling"):
+                t, t_next = x.new_full((len(x),), t), x.new_full((len(x),), t_next)
+                pred = self.predict(x, t, t - t_next if self.objective.learns_jumps else None)
+                x = self.scheduler.reverse_process_step(x, pred, t, t_next)
+                traj.append(x)
+        return traj if return_traj else x
+
+    def _noise(self, shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+        if isinstance(generator, list):
+            if len(generator) != shape[0]:
+                raise ValueError(f"{len(generator)} generators for {shape[0]} images")
+            return torch.cat([self._noise((1, *shape[1:]), one) for one in generator])
+        device = generator.device if generator is not None else self.device
+        return torch.randn(shape, generator=generator, device=device).to(self.device)
+
+
+def create_custom_model(
+    device: str = "cpu",
+    *,
+    objective: str | None = None,
+    use_additional_condition: bool | None = None,
+    num_train_timesteps: int = 1000,
+    unet: str = "full",
+    image_size: int = 64,
+    time_sampling: str = "uniform",
+    time_grids: dict | None = None,
+    model_type: str | None = None,
+    scheduler_type: str | None = None,
+    **unknown,
+) -> CustomGenerativeModel:
+    """Build the challenge's U-Net and its flow map on `device`. The keywords are what a saved config holds.
+
+    Args:
+        objective: default "shortcut"; but "rectified_flow" for a config that turns the condition off, as
+            those of the challenge's base code do.
+        use_additional_condition: default: whatever the objective needs. True adds the condition anyway.
+        num_train_timesteps, time_sampling, time_grids: see `CustomScheduler`.
+        unet: "full" is the challenge's; "small" is for tests and experiments.
+        image_size: 64, or 32 for experiments.
+        model_type, scheduler_type: accepted and ignored; every saved config carries them.
+    Raises: UserError naming the key or the value that is not known.
+    """
+    if unknown:
+        raise UserError(f"unknown model setting {', '.join(map(repr, unknown))}: is this config from another project?")
+    if objective is None:
+        objective = "rectified_flow" if use_additional_condition is False else "shortcut"
+    for name, value, known in (
+        ("objective", objective, OBJECTIVES),
+        ("unet", unet, UNETS),
+        ("image_size", image_size, IMAGE_SIZES),
+    ):
+        if value not in known:
+            raise UserError(f"unknown {name} {value!r}: choose one of {', '.join(map(str, known))}")
+    needed = OBJECTIVES[objective].needs_condition
+    if needed and use_additional_condition is False:
+        raise UserError(f"the objective {objective} needs the extra condition, but use_additional_condition is false")
+
+    network = UNet(**UNETS[unet], use_additional_condition=needed or bool(use_additional_condition))
+    scheduler = CustomScheduler(num_train_timesteps, time_sampling=time_sampling, time_grids=time_grids)
+    return CustomGenerativeModel(network, scheduler, objective=objective, image_size=image_size).to(device)

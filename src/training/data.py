@@ -1,0 +1,69 @@
+"""The training images as one memory-mapped array, and the batches of a step."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import transforms
+from tqdm import tqdm
+
+from dataset import SimpsonsDataModule, SimpsonsDataset
+from src.utils import UserError, replacing
+
+CACHE = Path("data/cache")
+
+
+def load_images(root: str, split_dir: str, size: int, cache: Path = CACHE) -> tuple[np.ndarray, str]:
+    """The training split, decoded and resized once, and the hash that names its content.
+
+    Downloads the images if `root` is missing. The array lies in `cache`, named by the hash of the image
+    files in split order and of the size, so a changed image or split makes another array.
+
+    Returns: uint8 [N, 3, size, size], memory-mapped, and the hash.
+    Raises: UserError if the split or an image is missing or unreadable.
+    """
+    # The challenge's own dataset.py, which may lie over ours, has no split_dir: it always reads data/.
+    where = {} if split_dir == "data" else {"split_dir": split_dir}
+    if not Path(root).is_dir():
+        SimpsonsDataModule(root, **where)  # downloads
+    resize = transforms.Compose([transforms.Resize((size, size)), transforms.PILToTensor()])
+    dataset = SimpsonsDataset(root, "train", resize, **where)
+
+    digest = hashlib.sha256(f"{size}x{size} RGB".encode())
+    for name in (Path(split_dir) / "train_split.txt").read_text().split():
+        digest.update(hashlib.sha256((Path(root) / f"{name}.png").read_bytes()).digest())
+    key = digest.hexdigest()[:16]
+
+    path = cache / f"{key}.npy"
+    if not path.is_file():
+        with replacing(path) as temporary:
+            shape = (len(dataset), 3, size, size)
+            images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+            for i in tqdm(range(len(dataset)), desc="decoding images", unit="image"):
+                images[i] = dataset[i]
+            images.flush()
+    return np.load(path, mmap_mode="r"), key
+
+
+def batch_indices(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Which of `count` images step `step` (from 0) takes: epochs of random order, laid end to end.
+
+    A function of its arguments alone, so a resumed run goes on with the same images.
+    """
+    if batch_size > count:
+        raise UserError(f"{count} training images do not fill one batch of {batch_size}: lower --batch_size")
+    position = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = {e: np.random.default_rng([seed, e]).permutation(count) for e in np.unique(position // count).tolist()}
+    return np.array([epochs[p // count][p % count] for p in position.tolist()])
+
+
+def to_batch(images: np.ndarray, indices: np.ndarray, device: torch.device) -> Tensor:
+    """Gather images, flip each left to right with probability 1/2: float32 [B, 3, H, W] in [-1, 1].
+
+    The flips come from PyTorch's global generator of the CPU.
+    """
+    data = torch.from_numpy(images[indices]).to(device).float() / 127.5 - 1
+    flip = (torch.rand(len(data)) < 0.5).to(device)[:, None, None, None]
+    return torch.where(flip, data.flip(-1), data)

@@ -1,0 +1,87 @@
+"""What a run leaves behind besides weights: provenance, metrics, curves, previews."""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from src.utils import labelled_grid, replacing, tensor_to_pil_image
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+PREVIEW_NFES = (1, 2, 4)
+
+
+def provenance(**facts) -> dict:
+    """Which code and environment made a checkpoint, and whatever else is given."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+        commit += "-dirty" if dirty else ""
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"commit": commit, **versions, **facts}
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object a line; lines after `step` are dropped when a run is resumed."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows = [row for row in map(_parsed, lines) if row is not None and row["step"] <= step]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _parsed(line: str) -> dict | None:
+    try:
+        return json.loads(line)
+    except ValueError:  # the last line of a run that was killed while writing it
+        return None
+
+
+def plot_curves(rows: list[dict], path: Path) -> None:
+    """The loss and its parts against the iteration, raw (faint) and smoothed."""
+    if not rows:
+        return
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for name in [key for key in rows[-1] if key.startswith("loss")]:
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if not points:
+            continue
+        steps, losses = map(np.array, zip(*points, strict=True))
+        window = max(1, len(losses) // 30)
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        (line,) = axes.plot(steps[window - 1 :], smooth, label=name.replace("_", " "))
+        axes.plot(steps, losses, color=line.get_color(), alpha=0.25, linewidth=0.8)
+    axes.set(xlabel="iteration", ylabel="mean squared error", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
+
+
+def save_previews(model, save_dir: Path, step: int, seed: int, count: int = 8) -> None:
+    """Samples from the same noise at each NFE as one labelled grid, and four single images at NFE 4."""
+    rows = {}
+    for nfe in PREVIEW_NFES:
+        noise = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+        images = model.sample((count, 3, model.image_size, model.image_size), nfe, generator=noise)
+        rows[f"NFE {nfe}"] = tensor_to_pil_image(images)
+    labelled_grid(rows).save(save_dir / f"iter={step}_grid.png")
+    for i, image in enumerate(rows[f"NFE {PREVIEW_NFES[-1]}"][:4]):
+        image.save(save_dir / f"iter={step}_sample_{i}.png")

@@ -1,0 +1,159 @@
+"""Seeds, images, checkpoints and errors: what the challenge's scripts and all rooms share."""
+
+import json
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+DATA_ROOT = "./data/datasets/kostastokis/simpsons-faces/versions/1/cropped"  # where kagglehub puts the faces
+
+
+class UserError(Exception):
+    """Something the user can put right. Scripts print it as one line and exit with 1."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Around a script's main: a user's error, or a full disk, ends it with one line and exit status 1."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        # A loader's worker sends its error with the traceback in front: the last line is the message.
+        sys.exit("error: " + str(error).strip().split("\n")[-1].removeprefix("src.utils.UserError: "))
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch on every device."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.cuda.manual_seed_all(seed)
+
+
+def get_current_time() -> str:
+    """Now, as the challenge names its result folders: MM-DD-HHMMSS."""
+    return datetime.now().strftime("%m-%d-%H%M%S")
+
+
+def expand_t(t: Tensor, x: Tensor) -> Tensor:
+    """View t, [B], as [B, 1, ..., 1] with as many dimensions as x."""
+    return t.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def tensor_to_pil_image(tensor: Tensor) -> Image.Image | list[Image.Image]:
+    """Images in [-1, 1] as 8-bit RGB (clamped, halves rounded to even).
+
+    A tensor [3, H, W] gives one image; a batch [B, 3, H, W] always gives a list, of one if B is 1.
+    """
+    if tensor.ndim not in (3, 4):
+        raise ValueError(f"expected [3, H, W] or [B, 3, H, W], got {list(tensor.shape)}")
+    if tensor.ndim == 3:
+        return tensor_to_pil_image(tensor[None])[0]
+    pixels = (tensor.detach().float().cpu() * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(image) for image in (pixels * 255).round().astype("uint8")]
+
+
+def labelled_grid(rows: dict[str, list[Image.Image]], scale: int = 2) -> Image.Image:
+    """Rows of equally large images, each row with its label on the left, pixels enlarged `scale` times."""
+    size = next(iter(rows.values()))[0].width * scale
+    font = ImageFont.load_default(size=max(12, size // 6))
+    margin = 16 + max(round(font.getlength(label)) for label in rows)
+    grid = Image.new("RGB", (margin + size * max(map(len, rows.values())), size * len(rows)), "white")
+    draw = ImageDraw.Draw(grid)
+    for y, (label, images) in enumerate(rows.items()):
+        draw.text((8, (y + 0.5) * size), label, fill="black", font=font, anchor="lm")
+        for x, image in enumerate(images):
+            grid.paste(image.resize((size, size), Image.Resampling.NEAREST), (margin + x * size, y * size))
+    return grid
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a file whole or not at all: yields a temporary name beside `path`, renamed on success."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, content: dict) -> None:
+    """Write `content` as indented JSON, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """Load a file of tensors and JSON types onto the CPU; UserError if it is missing or damaged."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}: train one first, or name another")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and EOF errors of many kinds
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}: {reason})") from error
+
+
+def save_model(
+    model: nn.Module, checkpoint_path: str, model_config: dict, config_path: str | None = None, **extra
+) -> None:
+    """Write {"state_dict": ..., "model_config": ..., **extra}, and the config as JSON beside it.
+
+    Args:
+        model_config: the arguments of `create_custom_model`, JSON types.
+        config_path: default: `model_config.json` beside the checkpoint.
+        extra: further tensors and JSON types to keep in the checkpoint.
+    """
+    write_json(config_path or Path(checkpoint_path).with_name("model_config.json"), model_config)
+    with replacing(checkpoint_path) as temporary:
+        try:
+            torch.save({"state_dict": model.state_dict(), "model_config": model_config, **extra}, temporary)
+        except RuntimeError as error:  # how PyTorch reports a full disk
+            raise UserError(f"could not write {checkpoint_path} ({error}): free some disk space, run again") from error
+
+
+def load_model(
+    checkpoint_path: str,
+    create_model_fn: Callable[..., nn.Module],
+    device: str = "cpu",
+    config_path: str | None = None,
+) -> nn.Module:
+    """Rebuild a model from its config and load its weights, strictly.
+
+    Args:
+        checkpoint_path: {"state_dict": ...}, or a bare state dict.
+        create_model_fn: called as `create_model_fn(device=device, **config)`.
+        config_path: default: `model_config.json` beside the checkpoint.
+    Raises: UserError if a file is missing or damaged, or the weights do not fit the config.
+    """
+    checkpoint = read_checkpoint(checkpoint_path)
+    config_path = Path(config_path or Path(checkpoint_path).with_name("model_config.json"))
+    try:
+        config = json.loads(config_path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no model config at {config_path}: put it there, or pass --config_path") from None
+    except ValueError as error:
+        raise UserError(f"{config_path} is not valid JSON: {error}") from None
+
+    model = create_model_fn(device=device, **config)
+    try:
+        model.load_state_dict(checkpoint.get("state_dict", checkpoint), strict=True)
+    except RuntimeError as error:
+        reason = str(error).split("\n\t", 1)[-1].split("\n")[0][:200]
+        raise UserError(f"{checkpoint_path} does not fit the model of {config_path}: {reason}") from None
+    return model
