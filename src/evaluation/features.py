@@ -1,0 +1,99 @@
+"""Inception features of image folders, through clean-fid's own loading and resizing."""
+
+import hashlib
+import os
+import shutil
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from cleanfid import fid
+from cleanfid.downloads_helper import inception_url
+from torch import Tensor
+
+from src.evaluation.reference import image_files
+from src.utils import UserError, replacing
+
+CACHE = Path("data/cache")
+OFFICIAL = Path("/tmp/inception-2015-12-05.pt")  # where clean-fid keeps, and looks for, its network
+# Networks that are not the official one, by the SHA-256 of their file, and what their distance is called.
+KNOWN_NETWORKS = {
+    "9d6c9dddc364b2cff25ccb30eb775927eae752c68d5d9af1f6b701f86d9d0476": "FD-mid",
+    "9ec0c12a5db9528612870ca142f250cca8fcccb7a3214ad572437d7408dbf0c9": "FD-mid",
+}
+
+
+class Features(NamedTuple):
+    """A network from images [B, 3, 299, 299] in [0, 255] to features [B, D]."""
+
+    network: Callable[[Tensor], Tensor]
+    distance: str  # what a Fréchet distance of these features is called
+    key: str  # the hash of the network's file
+
+
+def official_inception() -> Path:
+    """The file of clean-fid's Inception network, downloaded whole or not at all if it is not there."""
+    if not OFFICIAL.is_file():
+        try:
+            with replacing(OFFICIAL) as temporary, urllib.request.urlopen(inception_url, timeout=60) as response:
+                with temporary.open("wb") as file:
+                    shutil.copyfileobj(response, file)
+        except OSError as error:
+            raise UserError(
+                f"the FID's Inception network could not be downloaded ({error}): put {inception_url} at {OFFICIAL}, "
+                "or score with another network: python -m src.evaluation score --features FILE"
+            ) from error
+    return OFFICIAL
+
+
+def official_inception_fault(path: Path) -> str | None:
+    """Why a file cannot be the official network, or None. Its 21.8 M float32 weights alone need 87 MB."""
+    return "is too small for the official Inception network" if path.stat().st_size < 87e6 else None
+
+
+def load_features(path: str | os.PathLike | None, device: torch.device) -> Features:
+    """The official network (None), or the TorchScript file at `path` with `layers(x)`, x in [-1, 1].
+
+    Only the official network's distance is called FID; others are named after their file.
+    """
+    file = Path(path) if path is not None else official_inception()
+    if not file.is_file():
+        raise UserError(f"no feature network at {file}")
+    if path is None and (fault := official_inception_fault(file)):
+        raise UserError(f"{file} {fault}: delete it, or name it with --features to have its distance named after it")
+    key = hashlib.sha256(file.read_bytes()).hexdigest()
+    try:
+        layers = torch.jit.load(file, map_location="cpu").float().eval().to(device).layers
+    except (RuntimeError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{file} is not a TorchScript feature network with `layers`: {reason}") from error
+    name = "FID" if path is None else KNOWN_NETWORKS.get(key, f"FD[{file.stem}]")
+    return Features(lambda x: layers((x - 128) / 128).flatten(1), name, key)
+
+
+def folder_features(
+    folder: str | os.PathLike, features: Features, device: torch.device, batch_size: int = 64, cache: bool = False
+) -> np.ndarray:
+    """Features of a folder's PNG images in the order of their names, [N, D].
+
+    Args:
+        cache: keep them in data/cache, named by the content of the images and of the network.
+    """
+    files = image_files(folder)
+    digest = hashlib.sha256(features.key.encode())
+    for path in files:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    path = CACHE / f"features-{digest.hexdigest()[:16]}.npy"
+    if cache and path.is_file():
+        return np.load(path)
+    result = fid.get_folder_features(
+        str(folder), features.network, num_workers=min(4, os.cpu_count() or 1), batch_size=batch_size,
+        device=device, mode="clean", description=f"features of {folder}",
+    )
+    if cache:
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, result)
+    return result

@@ -1,0 +1,64 @@
+"""The challenge's official base code: fetched, verified, never committed."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from src.utils import UserError, replacing
+
+REPOSITORY = "https://github.com/KAIST-Visual-AI-Group/Diffusion-2025-Image_Challenge"
+MANIFEST = json.loads((Path(__file__).parent / "base_code_sha256.json").read_text())
+
+
+def faults(folder: Path) -> list[str]:
+    """What is missing from, or altered in, a folder that should be the official base code."""
+    found = []
+    for name, official in MANIFEST.items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != official["sha256"]:
+            found.append(f"{name} is not the official file")
+    return found
+
+
+def clone(target: Path) -> None:
+    """`git clone` of the public repository; UserError with git's reason if that fails."""
+    command = ["git", "clone", "--quiet", "--depth", "1", REPOSITORY, str(target)]
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, env={**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+        )
+        reason = None if result.returncode == 0 else (result.stderr.strip().split("\n")[-1] or "no reason given")
+    except FileNotFoundError:
+        reason = "git is not installed"
+    except subprocess.TimeoutExpired:
+        reason = "no answer in five minutes"
+    if reason:
+        raise UserError(f"could not clone {REPOSITORY} ({reason}): fetch it elsewhere and name it with --from DIR")
+
+
+def bring(source: Path | None, target: Path = Path("base_code"), data: Path = Path("data")) -> None:
+    """Put the verified official files into `target` and the two split files into `data`.
+
+    Args:
+        source: a local clone; None: clone the public repository.
+    Raises: UserError naming every file that is missing or altered; then nothing is written.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        if source is None:
+            source = Path(temporary) / "clone"
+            clone(source)
+        if not source.is_dir():
+            raise UserError(f"no folder {source}")
+        if found := faults(source):
+            raise UserError(f"{source} is not the official base code: {'; '.join(found)}")
+        for name in MANIFEST:
+            targets = [target / name] + [data / Path(name).name] * name.startswith("data/")
+            for path in targets:
+                with replacing(path) as copy:
+                    shutil.copyfile(source / name, copy)

@@ -1,0 +1,53 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.faces import write_dataset
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory) -> Path:
+    """A folder of 24 training and 8 validation faces with their split files."""
+    root = tmp_path_factory.mktemp("faces")
+    write_dataset(root, train=24, val=8, size=64)
+    return root
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch) -> Path:
+    """An empty current folder, for everything that writes to relative paths."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The optional folder of test assets that lies beside the project."""
+    if not SHARED.is_dir():
+        pytest.skip("the optional assets in ../shared are not here")
+    return SHARED
+
+
+@pytest.fixture
+def randomised():
+    """Give a fresh U-Net weights that do something: its last layers start near zero."""
+
+    def apply(model, seed=3):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+        return model
+
+    return apply
+
+
+@pytest.fixture
+def script_env() -> dict:
+    """For scripts run as a user would: our root on the path, few threads."""
+    root = Path(__file__).resolve().parents[1]
+    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "2"}
