@@ -17,13 +17,17 @@ from src.utils import DATA_ROOT, UserError, one_line_errors, write_json
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--generated_dir", required=True)
-    parser.add_argument("--reference_dir", default="./data/simpsons_64x64/val",
-                        help="written from the validation split if missing")
+    parser.add_argument(
+        "--reference_dir", default="./data/simpsons_64x64/val", help="written from the validation split if missing"
+    )
     parser.add_argument("--data_root", default=DATA_ROOT)
     parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--output_path", default="./fid_results.json",
-                        help="the latest score; one named after the generated folder is kept beside it")
+    parser.add_argument(
+        "--output_path",
+        default="./fid_results.json",
+        help="the latest score; one named after the generated folder is kept beside it",
+    )
     return parser.parse_args()
 
 
@@ -53,7 +57,10 @@ def main() -> None:
 
     print(f"{len(generated)} images in {args.generated_dir} against {args.reference_dir} on {device}")
     score = fid.compute_fid(
-        args.generated_dir, args.reference_dir, device=device, batch_size=args.batch_size,
+        args.generated_dir,
+        args.reference_dir,
+        device=device,
+        batch_size=args.batch_size,
         num_workers=min(4, os.cpu_count() or 1),
     )
     print(f"FID Score: {score:.4f}")

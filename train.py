@@ -27,8 +27,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--log_interval", type=int, default=Recipe.log_interval)
     parser.add_argument("--save_interval", type=int, default=Recipe.save_interval)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--use_additional_condition", action="store_true", default=None,
-                        help="add the condition even where the objective does without")
+    parser.add_argument(
+        "--use_additional_condition",
+        action="store_true",
+        default=None,
+        help="add the condition even where the objective does without",
+    )
     parser.add_argument("--num_train_timesteps", type=int, default=1000, help="scale of t and d before the embedding")
     # Ours.
     parser.add_argument("--objective", choices=OBJECTIVES, default="shortcut")

@@ -116,23 +116,42 @@ def _background(c: Canvas, rng: Random) -> None:
 def _clothes(c: Canvas, rng: Random, cx, cy, ry, skin) -> None:
     colour = tint(rng, rng.uniform(0.4, 0.9), rng.uniform(0.4, 0.95))
     shoulder, top = rng.uniform(0.3, 0.42), cy + ry + 0.07
-    left, right = arc(cx - shoulder + 0.1, top + 0.1, 0.1, 0.1, 180, 270), arc(cx + shoulder - 0.1, top + 0.1, 0.1, 0.1, 270, 360)
+    left, right = (
+        arc(cx - shoulder + 0.1, top + 0.1, 0.1, 0.1, 180, 270),
+        arc(cx + shoulder - 0.1, top + 0.1, 0.1, 0.1, 270, 360),
+    )
     body = [(cx - shoulder, 1.1), *left, *right, (cx + shoulder, 1.1)]
     c.polygon(body, colour)
     kind = rng.choice(("plain", "collar", "stripes", "suit", "necklace"))
     if kind == "stripes":
         other = tint(rng, 0.5, 0.95)
         for y in (top + 0.06, top + 0.16):
-            c.polygon([(cx - shoulder + 0.02, y), (cx + shoulder - 0.02, y), (cx + shoulder, y + 0.05), (cx - shoulder, y + 0.05)], other, None)
+            c.polygon(
+                [
+                    (cx - shoulder + 0.02, y),
+                    (cx + shoulder - 0.02, y),
+                    (cx + shoulder, y + 0.05),
+                    (cx - shoulder, y + 0.05),
+                ],
+                other,
+                None,
+            )
         c.stroke([*body, body[0]])
-    c.polygon([(cx - 0.075, cy + 0.5 * ry), (cx + 0.075, cy + 0.5 * ry), (cx + 0.085, top + 0.02), (cx - 0.085, top + 0.02)], skin)
+    c.polygon(
+        [(cx - 0.075, cy + 0.5 * ry), (cx + 0.075, cy + 0.5 * ry), (cx + 0.085, top + 0.02), (cx - 0.085, top + 0.02)],
+        skin,
+    )
     c.ellipse(cx, top + 0.01, 0.085, 0.03, skin, None)
     if kind == "collar":
         for side in (-1, 1):
-            c.polygon([(cx, top + 0.06), (cx + side * 0.09, top - 0.03), (cx + side * 0.15, top + 0.06)], (250, 250, 250))
+            c.polygon(
+                [(cx, top + 0.06), (cx + side * 0.09, top - 0.03), (cx + side * 0.15, top + 0.06)], (250, 250, 250)
+            )
     elif kind == "suit":
         c.polygon([(cx - 0.1, top), (cx + 0.1, top), (cx, top + 0.25)], (250, 250, 250))
-        c.polygon([(cx - 0.03, top + 0.02), (cx + 0.03, top + 0.02), (cx + 0.04, 1.1), (cx - 0.04, 1.1)], tint(rng, 0.8, 0.7))
+        c.polygon(
+            [(cx - 0.03, top + 0.02), (cx + 0.03, top + 0.02), (cx + 0.04, 1.1), (cx - 0.04, 1.1)], tint(rng, 0.8, 0.7)
+        )
     elif kind == "necklace":
         for x, y in arc(cx, top - 0.01, 0.1, 0.06, 15, 165, 7):
             c.ellipse(x, y, 0.02, 0.02, (240, 90, 90))
@@ -158,7 +177,9 @@ def _features(c: Canvas, rng: Random, cx, cy, rx, ry, skin, hair) -> None:
         c.ellipse(x + gaze * math.cos(angle), eye_y + gaze * math.sin(angle), 0.022, 0.026, INK, None)
         if lid:
             c.polygon(arc(x, eye_y, eye, eye, 180 + 60 * (1 - lid), 360 - 60 * (1 - lid)), skin)
-        c.stroke([(x - side * 0.04, eye_y - eye - 0.025 + brow), (x + side * 0.05, eye_y - eye - 0.03 - brow)], width=1.3)
+        c.stroke(
+            [(x - side * 0.04, eye_y - eye - 0.025 + brow), (x + side * 0.05, eye_y - eye - 0.03 - brow)], width=1.3
+        )
     if rng.random() < 0.2:  # glasses
         for side in (-1, 1):
             ring = arc(cx + side * (eye + gap), eye_y, eye + 0.012, eye + 0.012, 0, 360)
@@ -189,7 +210,10 @@ def _features(c: Canvas, rng: Random, cx, cy, rx, ry, skin, hair) -> None:
 def _hair_behind(c: Canvas, rng: Random, style, cx, cy, rx, ry, hair) -> None:
     if style == "bob":
         length = rng.uniform(0.2, 0.42)
-        c.polygon([*arc(cx, cy - 0.05, rx + 0.07, ry, 180, 360), (cx + rx + 0.1, cy + length), (cx - rx - 0.1, cy + length)], hair)
+        c.polygon(
+            [*arc(cx, cy - 0.05, rx + 0.07, ry, 180, 360), (cx + rx + 0.1, cy + length), (cx - rx - 0.1, cy + length)],
+            hair,
+        )
     elif style == "bun":
         c.ellipse(cx, cy - ry - 0.05, 0.11, 0.1, hair)
     elif style == "beehive":
@@ -220,7 +244,15 @@ def _hair_in_front(c: Canvas, rng: Random, style, cx, cy, rx, ry, hair) -> None:
         colour = tint(rng, 0.75, 0.8)
         c.polygon(dome, colour)
         side = rng.choice((-1, 1))
-        c.polygon([(cx - side * 0.05, line - 0.03), (cx + side * (rx + 0.14), line), (cx + side * (rx + 0.12), line + 0.04), (cx - side * 0.05, line + 0.03)], colour)
+        c.polygon(
+            [
+                (cx - side * 0.05, line - 0.03),
+                (cx + side * (rx + 0.14), line),
+                (cx + side * (rx + 0.12), line + 0.04),
+                (cx - side * 0.05, line + 0.03),
+            ],
+            colour,
+        )
     elif style == "parting":
         side = rng.choice((-1, 1))
         c.polygon([*dome, (cx + side * 0.5 * rx, line - 0.06)], hair)

@@ -48,6 +48,6 @@ def randomised():
 
 @pytest.fixture
 def script_env() -> dict:
-    """For scripts run as a user would: our root on the path, few threads."""
+    """For scripts run as a user would: our root on the path, and as many threads as here, for equal rounding."""
     root = Path(__file__).resolve().parents[1]
-    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "2"}
+    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}

@@ -6,13 +6,13 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from toy import distances, train_on_mixture
 
 from custom_model import create_custom_model
 from src.objectives import OBJECTIVES
 from src.objectives.contract import Nets
 from src.training.data import load_images
 from src.training.engine import Recipe, accumulate_gradient, train
-from toy import distances, train_on_mixture
 
 FEW_STEP = [name for name, objective in OBJECTIVES.items() if objective.learns_jumps]
 

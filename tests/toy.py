@@ -20,8 +20,13 @@ class MLP(nn.Module):
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(-2, 6) / 1000)
         inputs = 2 + 16 * (1 + use_additional_condition)
         self.layers = nn.Sequential(
-            nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2),
+            nn.Linear(inputs, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 2),
         )
 
     def embed(self, t):

@@ -90,8 +90,13 @@ def folder_features(
     if cache and path.is_file():
         return np.load(path)
     result = fid.get_folder_features(
-        str(folder), features.network, num_workers=min(4, os.cpu_count() or 1), batch_size=batch_size,
-        device=device, mode="clean", description=f"features of {folder}",
+        str(folder),
+        features.network,
+        num_workers=min(4, os.cpu_count() or 1),
+        batch_size=batch_size,
+        device=device,
+        mode="clean",
+        description=f"features of {folder}",
     )
     if cache:
         with replacing(path) as temporary, temporary.open("wb") as file:

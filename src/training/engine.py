@@ -151,8 +151,11 @@ def train(model, model_config: dict, images: np.ndarray, data_hash: str, recipe:
                         + (f"{last} is the last good checkpoint" if last.exists() else "nothing was saved yet")
                     )
                 elapsed = time.monotonic() - interval_began
-                row |= {"gradient_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"],
-                        "images_per_second": (step - interval_start) * recipe.batch_size / elapsed}
+                row |= {
+                    "gradient_norm": norm.item(),
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "images_per_second": (step - interval_start) * recipe.batch_size / elapsed,
+                }
                 metrics.add({"step": step, "images": step * recipe.batch_size, **row})
                 progress.update(step - progress.n)
                 progress.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{row['images_per_second']:.1f}")

@@ -1,0 +1,44 @@
+# make demo   draw faces, train the challenge's U-Net for a few minutes, sample, score
+# make test   all tests and the linter
+# Both make the environment in .venv first. Another interpreter: make test PYTHON=/path/to/python3.10
+
+# The first interpreter that really runs, can make environments, and has wheels for the pinned packages.
+PYTHON ?= $(shell for p in python3.10 python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import ensurepip, venv, sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& echo $$p && break; done)
+PY := .venv/bin/python
+DEMO := results/demo
+# Without the official Inception network (downloaded at first use), a stand-in beside the project will do.
+FEATURES := $(addprefix --features ,$(wildcard ../shared/fid/inception-2015-12-05-mixed7.pt))
+
+.PHONY: test demo
+test: .venv/ready
+	$(PY) -m ruff check .
+	$(PY) -m pytest
+
+.venv/ready: requirements.txt requirements-dev.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10-3.13 with the venv module found: install one" \
+		"(Debian: python3-venv), or name it: make PYTHON=..." >&2; exit 1; }
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+data/faces/val_split.txt: src/faces.py | .venv/ready
+	$(PY) -m src.faces data/faces
+
+data/faces_val: data/faces/val_split.txt
+	rm -rf $@
+	$(PY) -m src.evaluation reference --data_root data/faces --split_dir data/faces --out $@
+
+# On a CPU a taste of three minutes; on a GPU ten, of larger batches. Run again, it trains on from there.
+demo: .venv/ready data/faces_val
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then train="--batch_size 128 --max_minutes 10"; count=500; \
+	else train="--batch_size 8 --max_minutes 3 --log_interval 5"; count=64; fi; set -ex; \
+	$(PY) train.py --data_root data/faces --split_dir data/faces --save_dir $(DEMO) --lr 4e-4 --warmup 20 $$train; \
+	$(PY) sampling.py --ckpt_path $(DEMO)/final_model.pt --save_dir $(DEMO)/samples --num_samples $$count
+	-@for nfe in 1 2 4; do echo "NFE $$nfe:" && $(PY) -m src.evaluation score $(FEATURES) \
+		--generated $(DEMO)/samples/nfe=$$nfe --reference data/faces_val || exit; done
+	@echo; echo "Look at:"; ls -t $(DEMO)/iter=*_grid.png | head -1; ls $(DEMO)/training_curves.png
+	@ls -d $(DEMO)/samples/nfe=*

@@ -1,0 +1,156 @@
+"""Distances and features."""
+
+import subprocess
+import sys
+
+import cleanfid.fid
+import numpy as np
+import pytest
+import torch
+
+from dataset import SimpsonsDataModule
+from src.evaluation import features as room
+from src.evaluation.distances import frechet_distance
+from src.evaluation.reference import write_reference
+from src.utils import UserError
+
+
+def random_features(count, width, seed):
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(0).normal(size=(width, width)) / np.sqrt(width)
+    return (rng.normal(size=(count, width)) @ mixing + seed).astype(np.float32)
+
+
+@pytest.mark.parametrize("n, m, width", [(300, 200, 64), (150, 400, 256), (60, 50, 128)])
+def test_frechet_distance_equals_clean_fids(n, m, width):
+    a, b = random_features(n, width, 1), random_features(m, width, 2)
+    assert frechet_distance(a, b) == pytest.approx(cleanfid.fid.fid_from_feats(a, b), rel=1e-6)
+
+
+def test_frechet_distance_of_known_gaussians():
+    # Rows with exactly these means and (unbiased) variances, axes uncorrelated.
+    corners = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]]) * np.sqrt(3 / 4)
+    a, b = corners * [1, 2] + [0, 0], corners * [3, 5] + [4, -3]
+    assert frechet_distance(a, b) == pytest.approx(4**2 + 3**2 + (3 - 1) ** 2 + (5 - 2) ** 2)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_refuses_what_it_cannot_compare():
+    with pytest.raises(ValueError, match=r"\[N, D\]"):
+        frechet_distance(np.zeros((5, 3)), np.zeros((5, 4)))
+    with pytest.raises(ValueError, match="at least two"):
+        frechet_distance(np.zeros((1, 3)), np.zeros((5, 3)))
+
+
+class Layers(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.avg_pool2d(x, 99).flatten(1)
+
+
+@pytest.fixture
+def tiny_network(tmp_path):
+    """A TorchScript file of the same form as the Inception network's: [B, 3, 299, 299] -> [B, 27]."""
+    module = torch.nn.Module()
+    module.layers = Layers()
+    module.forward = lambda x: x
+    torch.jit.script(_Wrapper()).save(tmp_path / "tiny.pt")
+    return tmp_path / "tiny.pt"
+
+
+class _Wrapper(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = Layers()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.fixture
+def folders(faces, workdir):
+    module = SimpsonsDataModule(str(faces), split_dir=str(faces))
+    write_reference(module.train_ds, workdir / "train")
+    write_reference(module.val_ds, workdir / "val")
+    return workdir
+
+
+def test_score_names_the_distance_after_its_features_and_caches_the_reference(folders, tiny_network, script_env):
+    command = [sys.executable, "-m", "src.evaluation", "score", "--generated", "train", "--reference", "val"]
+    for _ in range(2):
+        result = subprocess.run(
+            [*command, "--features", str(tiny_network), "--device", "cpu"],
+            cwd=folders,
+            env=script_env,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+    line = result.stdout.strip().splitlines()[-1]
+    assert line.startswith("FD[tiny]: ") and line.endswith("(24 images against 8)")
+    assert len(list((folders / "data/cache").glob("features-*.npy"))) == 1
+    assert "features of val" not in result.stderr  # the second time they come from the cache
+
+    network = torch.jit.load(tiny_network).layers
+    a, b = (
+        cleanfid.fid.get_folder_features(
+            name, lambda x: network((x - 128) / 128), num_workers=0, device=torch.device("cpu"), verbose=False
+        )
+        for name in ("train", "val")
+    )
+    assert float(line.split()[1]) == pytest.approx(cleanfid.fid.fid_from_feats(a, b), rel=1e-3, abs=1e-4)
+
+
+def test_cache_follows_the_content(folders, tiny_network):
+    device = torch.device("cpu")
+    network = room.load_features(tiny_network, device)
+    first = room.folder_features("val", network, device, cache=True)
+    assert np.array_equal(first, room.folder_features("val", network, device, cache=True))
+    (folders / "val/0000.png").write_bytes((folders / "train/0003.png").read_bytes())
+    assert not np.array_equal(first, room.folder_features("val", network, device, cache=True))
+
+
+def test_only_the_official_network_gives_an_fid(tiny_network, monkeypatch):
+    device = torch.device("cpu")
+    assert room.load_features(tiny_network, device).distance == "FD[tiny]"
+    monkeypatch.setattr(room, "OFFICIAL", tiny_network)  # something else lies where clean-fid looks
+    with pytest.raises(UserError, match="too small for the official Inception"):
+        room.load_features(None, device)
+
+
+def test_missing_networks_and_images_get_one_line(folders, tmp_path, monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(room, "OFFICIAL", tmp_path / "none/inception.pt")
+    monkeypatch.setattr(room, "inception_url", "http://127.0.0.1:9/inception.pt")
+    with pytest.raises(UserError, match="could not be downloaded.*--features"):
+        room.load_features(None, device)
+    with pytest.raises(UserError, match="no feature network"):
+        room.load_features("absent.pt", device)
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    with pytest.raises(UserError, match="not a TorchScript"):
+        room.load_features(tmp_path / "junk.pt", device)
+    (folders / "empty").mkdir()
+    with pytest.raises(UserError, match="no PNG images"):
+        room.image_files(folders / "empty")
+    with pytest.raises(UserError, match="not empty"):
+        write_reference([], folders / "val")
+
+
+def test_fd_mid_of_real_faces(shared, tmp_path):
+    """Pinned to clean-fid's value of the same 40 + 40 images; the halves share no image."""
+    device = torch.device("cpu")
+    network = room.load_features(shared / "fid/inception-2015-12-05-mixed7.pt", device)
+    assert network.distance == "FD-mid"
+    halves = []
+    for start in (0, 40):
+        folder = tmp_path / str(start)
+        folder.mkdir()
+        for i in range(start, start + 40):
+            (folder / f"{i:04d}.png").symlink_to(shared / f"data/val_64px/{i:04d}.png")
+        halves.append(room.folder_features(folder, network, device))
+    assert halves[0].shape == (40, 2048)
+    ours = frechet_distance(*halves)
+    assert ours == pytest.approx(cleanfid.fid.fid_from_feats(*halves), rel=1e-5)
+    assert ours == pytest.approx(GOLDEN_FD_MID_40, rel=1e-3)
+
+
+GOLDEN_FD_MID_40 = 9.476418  # clean-fid 0.1.35, torch 2.6.0, float32 on a CPU

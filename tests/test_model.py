@@ -1,0 +1,162 @@
+"""Scheduler, flow map and factory."""
+
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+
+from custom_model import CustomGenerativeModel, CustomScheduler, create_custom_model
+from src.utils import UserError
+
+
+def test_path_round_trips_in_float64():
+    scheduler = CustomScheduler()
+    data, noise = torch.randn(2, 6, 3, 4, 4, dtype=torch.float64)
+    t = torch.rand(6, dtype=torch.float64)
+    x_t = scheduler.forward_process(data, noise, t)
+    v = scheduler.get_target(data, noise, t)
+    zero, one = torch.zeros_like(t), torch.ones_like(t)
+    torch.testing.assert_close(scheduler.reverse_process_step(x_t, v, t, zero), data, rtol=0, atol=1e-12)
+    torch.testing.assert_close(scheduler.reverse_process_step(x_t, v, t, one), noise, rtol=0, atol=1e-12)
+    assert torch.equal(scheduler.forward_process(data, noise, zero), data)
+    assert torch.equal(scheduler.forward_process(data, noise, one), noise)
+
+
+@pytest.mark.parametrize(
+    "name, distribution",
+    [
+        ("uniform", lambda t: t),
+        ("u_shaped", lambda t: (1 + math.sinh(4 * (2 * t - 1)) / math.sinh(4)) / 2),
+        ("logit_normal", lambda t: (1 + math.erf(math.log(t / (1 - t)) / math.sqrt(2))) / 2),
+    ],
+)
+def test_times_follow_their_density(name, distribution):
+    torch.manual_seed(0)
+    t = CustomScheduler(time_sampling=name).sample_timesteps(100_000, "cpu")
+    assert t.shape == (100_000,) and t.min() >= 0 and t.max() <= 1
+    for threshold in (0.05, 0.3, 0.5, 0.8, 0.95):
+        assert (t <= threshold).double().mean().item() == pytest.approx(distribution(threshold), abs=0.006)
+
+
+class GaussianFlow(nn.Module):
+    """The exact flow map of N(mean, 0.5^2): each noise has one path, and jumps along it are exact."""
+
+    use_additional_condition = True
+    mean, std = 0.3, 0.5
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(()))
+        self.calls = []
+
+    def forward(self, x, timestep, condition):
+        self.calls.append((timestep[0].item(), condition[0].item()))
+        t, r = timestep[0] / 1000, (timestep[0] - condition[0]) / 1000
+        spread = [((1 - s) ** 2 * self.std**2 + s**2).sqrt() for s in (t, r)]
+        x_r = (1 - r) * self.mean + (x - (1 - t) * self.mean) * spread[1] / spread[0]
+        return (x - x_r) / (t - r)
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 3, 4])
+def test_jumps_of_an_exact_flow_map_are_exact(nfe):
+    network = GaussianFlow()
+    model = CustomGenerativeModel(network, CustomScheduler(), objective="shortcut")
+    noise = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    images = model.sample((5, 3, 2, 2), nfe, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(images, 0.3 + 0.5 * noise, rtol=0, atol=1e-5)
+    times = [1000 * (1 - i / nfe) for i in range(nfe)]
+    assert [t for t, _ in network.calls] == pytest.approx(times)
+    assert [d for _, d in network.calls] == pytest.approx([1000 / nfe] * nfe, rel=1e-4)
+
+
+def test_time_grid_of_the_config_is_walked():
+    network = GaussianFlow()
+    scheduler = CustomScheduler(time_grids={"2": [1, 0.7, 0]})  # JSON has string keys
+    model = CustomGenerativeModel(network, scheduler, objective="shortcut")
+    model.sample((1, 3, 2, 2), 2)
+    assert network.calls == [pytest.approx((1000, 300), rel=1e-4), pytest.approx((700, 700), rel=1e-4)]
+    for bad in ([1, 0], [1, 0.5, 0.1], [0.9, 0.5, 0], [1, 0, 0]):
+        with pytest.raises(UserError, match="NFE 2"):
+            CustomScheduler(time_grids={"2": bad})
+
+
+def test_a_flow_without_jumps_is_asked_for_the_velocity_even_with_a_condition():
+    network = GaussianFlow()
+    asked = []
+    network.forward = lambda x, t, d: asked.append(d.tolist()) or torch.zeros_like(x)
+    CustomGenerativeModel(network, CustomScheduler(), objective="rectified_flow").sample((2, 3, 2, 2), 2)
+    assert asked == [[0, 0], [0, 0]]
+
+
+def test_sampling_leaves_every_module_in_its_mode_and_makes_no_graph(randomised):
+    model = randomised(create_custom_model(unet="small")).train()
+    model.network.middleblocks.eval()
+    before = [module.training for module in model.modules()]
+    traj = model.sample((2, 3, 32, 32), 2, return_traj=True, generator=torch.Generator().manual_seed(0))
+    assert [module.training for module in model.modules()] == before
+    assert len(traj) == 3 and not traj[-1].requires_grad
+    again = model.sample((2, 3, 32, 32), 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(traj[-1], again)  # no dropout although the model is in train mode
+
+
+def test_scalars_reach_the_network_scaled():
+    model = create_custom_model(unet="small", num_train_timesteps=500)
+    seen = {}
+    model.network.register_forward_pre_hook(lambda _, inputs: seen.update(t=inputs[1], d=inputs[2]))
+    model.predict(torch.zeros(2, 3, 32, 32), torch.tensor([0.5, 1.0]), d=0.25)
+    assert seen["t"].tolist() == [250, 500] and seen["d"].tolist() == [125, 125]
+
+
+def test_jump_without_a_condition_is_refused():
+    model = create_custom_model(objective="rectified_flow", unet="small")
+    with pytest.raises(ValueError, match="no extra condition"):
+        model.predict(torch.zeros(1, 3, 32, 32), 1.0, d=1.0)
+
+
+def test_bad_calls_of_sample_are_refused():
+    model = create_custom_model(objective="rectified_flow", unet="small")
+    with pytest.raises(ValueError, match="at least one"):
+        model.sample((1, 3, 32, 32), 0)
+    with pytest.raises(ValueError, match="1 generators for 2"):
+        model.sample((2, 3, 32, 32), 1, generator=[torch.Generator()])
+
+
+@pytest.mark.parametrize(
+    "config, objective, condition",
+    [
+        ({}, "shortcut", True),
+        ({"use_additional_condition": False}, "rectified_flow", False),  # what the base code saves
+        ({"use_additional_condition": True}, "shortcut", True),
+        ({"objective": "rectified_flow"}, "rectified_flow", False),
+        ({"objective": "rectified_flow", "use_additional_condition": True}, "rectified_flow", True),
+        ({"model_type": "A", "scheduler_type": "B", "num_train_timesteps": 1000}, "shortcut", True),
+    ],
+)
+def test_factory_settles_objective_and_condition(config, objective, condition):
+    model = create_custom_model(unet="small", **config)
+    assert type(model.objective).__name__.lower() == objective.replace("_", "")
+    assert model.network.use_additional_condition is condition
+    assert all(name.startswith("network.") for name in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"lr": 1e-4}, "unknown model setting 'lr'"),
+        ({"objective": "gan"}, "unknown objective 'gan'.*rectified_flow, shortcut"),
+        ({"unet": "huge"}, "unknown unet"),
+        ({"image_size": 48}, "unknown image_size 48"),
+        ({"time_sampling": "cosine"}, "unknown time_sampling"),
+        ({"objective": "shortcut", "use_additional_condition": False}, "needs the extra condition"),
+    ],
+)
+def test_factory_refuses_by_name(config, message):
+    with pytest.raises(UserError, match=message):
+        create_custom_model(**{"unet": "small", **config})
+
+
+def test_the_challenges_network_is_the_default():
+    model = create_custom_model()
+    assert sum(p.numel() for p in model.network.parameters()) == 59_934_979
+    assert model.network.time_embedding.mlp[0].out_features == 512 and model.image_size == 64

@@ -1,0 +1,190 @@
+"""sampling.py, measure_fid.py, dataset.py and src/utils.py: the challenge's interface."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cleanfid.fid
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+import measure_fid
+from custom_model import create_custom_model
+from dataset import SimpsonsDataModule, SimpsonsDataset, get_data_iterator
+from src.evaluation.reference import write_reference
+from src.utils import UserError, load_model, save_model, seed_everything, tensor_to_pil_image
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = {"model_type": "CustomGenerativeModel", "objective": "shortcut", "unet": "small"}
+
+
+@pytest.fixture
+def checkpoint(workdir, randomised) -> str:
+    model = randomised(create_custom_model(objective="shortcut", unet="small"))
+    save_model(model, str(workdir / "run/model.pt"), CONFIG)
+    return str(workdir / "run/model.pt")
+
+
+def sampling(cwd, env, *flags):
+    command = [sys.executable, str(ROOT / "sampling.py"), "--device", "cpu", *flags]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def test_sampling_equals_the_contract_to_the_byte(checkpoint, workdir, script_env):
+    result = sampling(workdir, script_env, "--ckpt_path", checkpoint, "--num_samples", "5", "--batch_size", "2")
+    assert result.returncode == 0, result.stderr
+
+    seed_everything(42)  # seed, build, load; then every NFE and batch in order from one generator
+    model = load_model(checkpoint, create_custom_model, "cpu", None).eval()
+    for nfe in (1, 2, 4):
+        written = sorted((workdir / f"samples/nfe={nfe}").iterdir())
+        assert [path.name for path in written] == [f"{i:04d}.png" for i in range(5)]
+        for start, count in ((0, 2), (2, 2), (4, 1)):  # the last batch is a single image
+            images = tensor_to_pil_image(model.sample((count, 3, 64, 64), num_inference_timesteps=nfe))
+            for path, image in zip(written[start:], images, strict=False):
+                assert np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
+
+
+def test_sampling_replaces_its_own_images_and_nothing_else(checkpoint, workdir, script_env):
+    flags = ["--ckpt_path", checkpoint, "--nfe_list", "1", "--num_samples"]
+    assert sampling(workdir, script_env, *flags, "3").returncode == 0
+    assert sampling(workdir, script_env, *flags, "2").returncode == 0
+    folder = workdir / "samples/nfe=1"
+    assert sorted(path.name for path in folder.iterdir()) == ["0000.png", "0001.png"]  # no stale third image
+    (folder / "notes.txt").write_text("mine")
+    result = sampling(workdir, script_env, *flags, "2")
+    assert result.returncode == 1 and "notes.txt" in result.stderr and (folder / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda run: (run / "model.pt").unlink(), "no checkpoint at"),
+        (lambda run: (run / "model.pt").write_bytes(b"PK junk"), "not a readable checkpoint"),
+        (lambda run: (run / "model_config.json").unlink(), "no model config at"),
+        (lambda run: (run / "model_config.json").write_text("{"), "not valid JSON"),
+        (
+            lambda run: (run / "model_config.json").write_text('{"unet": "small", "lr": 1}'),
+            "unknown model setting 'lr'",
+        ),
+        (lambda run: (run / "model_config.json").write_text('{"unet": "full"}'), "does not fit the model"),
+    ],
+)
+def test_sampling_says_what_is_wrong_in_one_line(checkpoint, workdir, script_env, damage, message):
+    damage(workdir / "run")
+    result = sampling(workdir, script_env, "--ckpt_path", checkpoint)
+    assert result.returncode == 1 and message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and not (workdir / "samples").exists()
+
+
+def test_bare_and_half_precision_state_dicts_load(checkpoint, workdir):
+    whole = load_model(checkpoint, create_custom_model)
+    torch.save({key: value.half() for key, value in whole.state_dict().items()}, workdir / "run/half.pt")
+    half = load_model(str(workdir / "run/half.pt"), create_custom_model)
+    for a, b in zip(whole.parameters(), half.parameters(), strict=True):
+        assert b.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_images_round_half_to_even_and_batches_give_lists():
+    levels = torch.tensor([-2.0, -1.0, 0.0, 1 / 255, 3 / 255, 1.0, 2.0]) * 1.0
+    image = levels.expand(3, 1, 7)
+    assert np.asarray(tensor_to_pil_image(image))[0, :, 0].tolist() == [0, 0, 128, 128, 129, 255, 255]
+    assert isinstance(tensor_to_pil_image(image), Image.Image)
+    assert isinstance(tensor_to_pil_image(image[None]), list) and len(tensor_to_pil_image(image[None])) == 1
+
+
+def test_dataset_reads_the_split_in_order(faces):
+    module = SimpsonsDataModule(str(faces), batch_size=5, num_workers=0, split_dir=str(faces))
+    assert len(module.train_ds) == 24 and len(module.val_ds) == 8
+    image = module.val_ds[0]
+    assert image.shape == (3, 64, 64) and image.min() >= -1 and image.max() <= 1
+    assert sum(len(batch) for batch in module.val_dataloader()) == 8
+    assert [len(batch) for batch in module.train_dataloader()] == [5] * 4
+    endless = get_data_iterator(module.train_dataloader())
+    assert len([next(endless) for _ in range(9)]) == 9
+
+
+def test_an_iterator_over_nothing_says_so(faces):
+    module = SimpsonsDataModule(str(faces), batch_size=25, num_workers=0, split_dir=str(faces))
+    with pytest.raises(UserError, match="no batch"):
+        next(get_data_iterator(module.train_dataloader()))
+
+
+def test_dataset_names_what_is_missing_or_damaged(faces, workdir):
+    with pytest.raises(UserError, match="nowhere/val_split.txt.*base-code"):
+        SimpsonsDataset(str(faces), "val", split_dir="nowhere")
+    (workdir / "train_split.txt").write_text("1\n77777\n")
+    with pytest.raises(UserError, match="77777.png"):
+        SimpsonsDataset(str(faces), "train", split_dir=str(workdir))
+    whole = (faces / "1.png").read_bytes()
+    (workdir / "1.png").write_bytes(whole[: len(whole) // 2])
+    (workdir / "train_split.txt").write_text("1\n")
+    dataset = SimpsonsDataset(str(workdir), "train", transforms.ToTensor(), split_dir=str(workdir))
+    with pytest.raises(UserError, match="cannot read the image .*1.png"):
+        dataset[0]
+
+
+@pytest.fixture
+def fid_script(monkeypatch, workdir, faces):
+    """measure_fid.main with a tiny network in Inception's place, on three folders of images."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3 * 23 * 23, 6)
+    network = lambda x: layer(x[:, :, ::13, ::13].flatten(1) / 255)  # noqa: E731
+    monkeypatch.setattr(cleanfid.fid, "build_feature_extractor", lambda *args, **kwargs: network)
+    stand_in = workdir / "inception.pt"
+    stand_in.write_bytes(b"small")
+    monkeypatch.setattr(measure_fid, "official_inception", lambda: stand_in)
+    (workdir / "data").mkdir()
+    for split in ("train", "val"):
+        (workdir / f"data/{split}_split.txt").write_text((faces / f"{split}_split.txt").read_text())
+    dataset = SimpsonsDataset(str(faces), "train", SimpsonsDataModule(str(faces)).transform)
+    write_reference(dataset, workdir / "samples/nfe=1")
+
+    def run(*flags):
+        command = ["measure_fid.py", "--generated_dir", "samples/nfe=1", "--data_root", str(faces), "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [*command, *flags])
+        measure_fid.main()
+
+    return run, network
+
+
+def test_measure_fid_prints_and_stores_clean_fids_score(fid_script, workdir, faces, capsys):
+    run, network = fid_script
+    run()
+    reference = sorted((workdir / "data/simpsons_64x64/val").iterdir())
+    assert [path.name for path in reference] == [f"{i:04d}.png" for i in range(8)]
+    first = (faces / "val_split.txt").read_text().split()[0]
+    assert np.array_equal(np.asarray(Image.open(reference[0])), np.asarray(Image.open(faces / f"{first}.png")))
+
+    features = [
+        cleanfid.fid.get_folder_features(str(folder), network, num_workers=0, device=torch.device("cpu"), verbose=False)
+        for folder in ("samples/nfe=1", "data/simpsons_64x64/val")
+    ]
+    expected = cleanfid.fid.fid_from_feats(*features)
+    output = capsys.readouterr()
+    assert f"FID Score: {expected:.4f}" in output.out.splitlines()
+    assert "not the official FID" in output.err  # the stand-in is not the official network
+    for name in ("fid_results.json", "fid_results_nfe=1.json"):
+        result = json.loads((workdir / name).read_text())
+        assert list(result) == ["fid_score", "generated_dir", "reference_dir"]
+        assert result["fid_score"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_measure_fid_refuses_folders_that_would_be_miscounted(fid_script, workdir):
+    run, _ = fid_script
+    run()
+    (workdir / "data/simpsons_64x64/val/0007.png").unlink()
+    with pytest.raises(UserError, match="only the first 7 of 8"):
+        run()
+    nested = workdir / "samples/nfe=1/old"
+    nested.mkdir()
+    (workdir / "samples/nfe=1/0000.png").rename(nested / "0000.png")
+    with pytest.raises(UserError, match="would be counted too"):
+        run()
+    with pytest.raises(UserError, match="no folder"):
+        run("--generated_dir", "absent")

@@ -1,0 +1,228 @@
+"""The engine and train.py, run as a user would."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from custom_model import create_custom_model
+from src.training.data import batch_indices, load_images, to_batch
+from src.training.ema import EMA
+from src.training.engine import Recipe, train
+from src.utils import UserError, load_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--unet", "small", "--image_size", "32", "--device", "cpu", "--batch_size", "8", "--warmup", "2"]
+
+
+def train_script(faces, cwd, env, *flags, **kwargs):
+    command = [sys.executable, str(ROOT / "train.py"), "--data_root", str(faces), "--split_dir", str(faces)]
+    return subprocess.run([*command, *SMALL, *flags], cwd=cwd, env=env, capture_output=True, text=True, **kwargs)
+
+
+def official_loader(path, create):
+    """What the challenge's load_model does: config to the factory, strict load, nothing else."""
+    config = json.loads(path.with_name("model_config.json").read_text())
+    model = create(device="cpu", **config)
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"], strict=True)
+    return model
+
+
+def test_train_script_leaves_what_the_challenge_asks_for(faces, workdir, script_env):
+    result = train_script(
+        faces, workdir, script_env, "--num_iterations", "4", "--save_interval", "2", "--log_interval", "1"
+    )
+    assert result.returncode == 0, result.stderr
+    (run,) = (workdir / "results").iterdir()
+    assert len(run.name) == len("11-20-063547")
+    expected = {
+        "training_config.json",
+        "model_config.json",
+        "training_curves.png",
+        "metrics.jsonl",
+        "last.ckpt",
+        "final_model.pt",
+        "checkpoint_iter_2.pt",
+        "checkpoint_iter_4.pt",
+    }
+    for n in (2, 4):
+        expected |= {f"iter={n}_grid.png", *(f"iter={n}_sample_{i}.png" for i in range(4))}
+    assert {path.name for path in run.iterdir()} == expected
+    assert not (workdir / "checkpoints").exists()  # only the challenge's network is published
+
+    config = json.loads((run / "model_config.json").read_text())
+    assert config["model_type"] and config["use_additional_condition"] is True
+    assert not {"lr", "batch_size", "data_root"} & set(config)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(np.isfinite(row["loss"]) for row in rows)
+    final = official_loader(run / "final_model.pt", create_custom_model)
+    for name in ("last.ckpt", "checkpoint_iter_4.pt"):
+        other = official_loader(run / name, create_custom_model).state_dict()
+        assert all(torch.equal(value, other[key]) for key, value in final.state_dict().items())
+    facts = torch.load(run / "final_model.pt", weights_only=True)["provenance"]
+    assert facts["seed"] == 42 and facts["images"] == 24 and {"commit", "data", "torch", "step"} <= set(facts)
+    assert Image.open(run / "iter=4_sample_0.png").size == (32, 32)
+
+
+def test_max_minutes_ends_the_run_with_a_final_model(faces, workdir, script_env):
+    result = train_script(faces, workdir, script_env, "--max_minutes", "0.01", "--save_dir", "run")
+    assert result.returncode == 0, result.stderr
+    assert load_model(str(workdir / "run/final_model.pt"), create_custom_model).image_size == 32
+
+
+def test_interrupted_run_saves_and_goes_on(faces, workdir, script_env):
+    flags = ["--save_dir", "run", "--num_iterations", "100000", "--log_interval", "1"]
+    command = [sys.executable, str(ROOT / "train.py"), "--data_root", str(faces), "--split_dir", str(faces), *SMALL]
+    process = subprocess.Popen([*command, *flags], cwd=workdir, env=script_env, stderr=subprocess.PIPE, text=True)
+    metrics = workdir / "run/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and "the same command goes on from" in stderr.splitlines()[-1]
+    step = torch.load(workdir / "run/last.ckpt", weights_only=True)["training"]["step"]
+    assert step >= 2
+
+    flags[3] = str(step + 2)
+    assert train_script(faces, workdir, script_env, *flags).returncode == 0
+    rows = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert rows == list(range(1, step + 3))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--batch_size", "25"], "24 training images do not fill one batch of 25"),
+        (["--batch_size", "6", "--accumulate", "4"], "does not split into 4 equal slices"),
+        (["--split_dir", "nowhere"], "no split file nowhere/train_split.txt"),
+        (["--num_iterations", "0"], "--num_iterations must be at least 1"),
+    ],
+)
+def test_bad_input_gets_one_line(faces, workdir, script_env, flags, message):
+    result = train_script(faces, workdir, script_env, *flags)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last and "Traceback" not in result.stderr
+
+
+def test_missing_faces_without_a_connection_name_the_two_ways_on(workdir, script_env):
+    env = {**script_env, "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--data_root", "absent", "--device", "cpu"],
+        cwd=workdir,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert "--data_root" in last and "python -m src.faces" in last
+
+
+@pytest.fixture
+def small_run(faces, workdir):
+    """Train a few steps in this process: call with (steps, **recipe)."""
+    images, key = load_images(str(faces), str(faces), 32)
+
+    def run(steps, model=None, save_dir=workdir / "run", **recipe):
+        torch.manual_seed(0)
+        model = model or create_custom_model(objective="rectified_flow", unet="small", image_size=32)
+        recipe = Recipe(**{"batch_size": 8, "num_iterations": steps, "save_interval": 2, "log_interval": 1, **recipe})
+        train(model, {"objective": "rectified_flow"}, images, key, recipe, save_dir)
+        return save_dir
+
+    return run
+
+
+def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(small_run):
+    save_dir = small_run(2)
+    good = (save_dir / "last.ckpt").read_bytes()
+    model = create_custom_model(objective="rectified_flow", unet="small", image_size=32)
+    model.network.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    with pytest.raises(UserError, match="not finite.*last good checkpoint"):
+        small_run(4, model=model)
+    assert (save_dir / "last.ckpt").read_bytes() == good
+
+
+def test_another_runs_checkpoint_is_refused_with_the_difference(small_run):
+    save_dir = small_run(2)
+    with pytest.raises(UserError, match="lr was 0.0001 and is now 0.001"):
+        small_run(4, lr=1e-3)
+    (save_dir / "last.ckpt").write_bytes((save_dir / "last.ckpt").read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        small_run(4)
+
+
+def test_full_disk_ends_with_one_line_and_keeps_the_last_checkpoint(faces, workdir, script_env):
+    assert train_script(faces, workdir, script_env, "--num_iterations", "2", "--save_dir", "run").returncode == 0
+    good = (workdir / "run/last.ckpt").read_bytes()
+    limited = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000,) * 2);"
+        f"sys.argv[0] = {str(ROOT / 'train.py')!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    flags = ["--data_root", str(faces), "--split_dir", str(faces), *SMALL, "--num_iterations", "4", "--save_dir", "run"]
+    result = subprocess.run(
+        [sys.executable, "-c", limited, *flags], cwd=workdir, env=script_env, capture_output=True, text=True
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "error: could not write" in result.stderr.strip().splitlines()[-1]
+    assert (workdir / "run/last.ckpt").read_bytes() == good
+    assert not list((workdir / "run").glob(".*.tmp"))
+
+
+def test_images_are_decoded_once_and_again_when_they_change(faces, workdir):
+    images, key = load_images(str(faces), str(faces), 32)
+    assert images.shape == (24, 3, 32, 32) and images.dtype == np.uint8
+    first = (faces / "train_split.txt").read_text().split()[0]
+    expected = np.asarray(Image.open(faces / f"{first}.png").resize((32, 32), Image.Resampling.BILINEAR))
+    assert np.array_equal(images[0].transpose(1, 2, 0), expected)
+    (cached,) = (workdir / "data/cache").iterdir()
+    before = cached.stat().st_mtime_ns
+    assert load_images(str(faces), str(faces), 32)[1] == key and cached.stat().st_mtime_ns == before
+
+    changed = workdir / "changed"
+    changed.mkdir()
+    for path in faces.iterdir():
+        (changed / path.name).write_bytes(path.read_bytes())
+    Image.new("RGB", (64, 64)).save(changed / f"{first}.png")
+    others, other_key = load_images(str(changed), str(changed), 32)
+    assert other_key != key and others[0].max() == 0
+
+
+def test_every_epoch_shows_every_image_once():
+    steps = [batch_indices(10, 4, seed=1, step=s) for s in range(5)]
+    order = np.concatenate(steps)
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert list(order[:10]) != list(order[10:])
+    assert np.array_equal(steps[3], batch_indices(10, 4, seed=1, step=3))
+
+
+def test_batches_are_flipped_half_the_time():
+    images = np.tile(np.arange(4, dtype=np.uint8) * 80, (1, 3, 4, 1))
+    torch.manual_seed(0)
+    data = to_batch(images, np.zeros(1000, dtype=int), torch.device("cpu"))
+    assert data.min() == -1 and data.max() == pytest.approx(240 / 127.5 - 1)
+    flipped = data[:, 0, 0, 0] > 0
+    assert flipped.float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert torch.equal(data[flipped][0], data[~flipped][0].flip(-1))
+
+
+def test_ema_forgets_its_start_and_never_drops_out():
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.Dropout())
+    torch.nn.init.zeros_(model[0].weight)
+    ema = EMA(model, decay=0.9)
+    torch.nn.init.ones_(model[0].weight)
+    values = []
+    for update in range(60):
+        ema.update(model, update)
+        values.append(ema.model[0].weight.item())
+    assert not ema.model[1].training and not ema.model[0].weight.requires_grad
+    assert values[0] == pytest.approx(0.9) and values[-1] == pytest.approx(1, abs=1e-6)
