@@ -32,12 +32,14 @@ class CustomScheduler(BaseScheduler):
     Args:
         num_train_timesteps: what t and d in [0, 1] are multiplied with before the network embeds them.
         time_sampling: density of the training times: "uniform"; "u_shaped", proportional to
-            cosh(4 (2t - 1)) (arXiv:2405.20320); "logit_normal", t = sigmoid(N(0, 1))
+            exp(4t) + exp(4(1 - t)) (arXiv:2405.20320); "logit_normal", t = sigmoid(N(0, 1))
             (arXiv:2403.03206, section 3.1).
         time_grids: {NFE: [1, ..., 0]}, decreasing times for `sample`; uniform grids for NFEs not named.
     """
 
     def _setup(self, time_sampling: str = "uniform", time_grids: dict | None = None) -> None:
+        if self.num_train_timesteps <= 0:
+            raise UserError(f"num_train_timesteps must be positive, got {self.num_train_timesteps}")
         if time_sampling not in TIME_SAMPLINGS:
             raise UserError(f"unknown time_sampling {time_sampling!r}: choose one of {', '.join(TIME_SAMPLINGS)}")
         self.time_sampling = time_sampling
@@ -53,7 +55,7 @@ class CustomScheduler(BaseScheduler):
             return torch.randn(batch_size, device=device).sigmoid()
         t = torch.rand(batch_size, device=device)
         if self.time_sampling == "u_shaped":  # by the inverse of the density's distribution function
-            t = 0.5 + torch.asinh((2 * t - 1) * math.sinh(4)) / 8
+            t = 0.5 + torch.asinh((2 * t - 1) * math.sinh(2)) / 4
         return t
 
     def time_grid(self, nfe: int) -> list[float]:
@@ -114,8 +116,12 @@ class CustomGenerativeModel(BaseGenerativeModel):
         For loops that know nothing of an EMA: the network stands in for its own average. The engine of
         `src/training/` calls the objective itself.
         """
-        nets = Nets(student=self, ema=self)
-        loss, _ = self.objective.loss(nets, data, noise, step=0, draw=self.objective.draw(len(data)))
+        draw = self.objective.draw(len(data))
+        # Autocast caches the casts of weights; those of a pass without gradient would serve the student's next
+        # one, which would then train nothing.
+        kind = data.device.type
+        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+            loss, _ = self.objective.loss(Nets(student=self, ema=self), data, noise, step=0, draw=draw)
         return loss.mean()
 
     @torch.no_grad()

@@ -1,18 +1,13 @@
-"""The Simpsons faces: dataset, loaders and download, as the challenge's scripts use them."""
+"""The Simpsons faces: dataset and loaders, as the challenge's scripts use them."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
-from src.utils import DATA_ROOT, UserError
-
-os.environ["KAGGLEHUB_CACHE"] = "./data"  # read by kagglehub when it is imported
-import kagglehub  # noqa: E402
+from src.images import DATA_ROOT, ensure_root, read_rgb, split_paths, to_pixels
+from src.utils import UserError
 
 
 def get_data_iterator(iterable: Iterable) -> Iterator:
@@ -26,20 +21,6 @@ def get_data_iterator(iterable: Iterable) -> Iterator:
             raise UserError("the loader yields no batch: are there fewer images than the batch size?")
 
 
-def download(root: str) -> None:
-    """Fetch the faces with kagglehub, which puts them under ./data; UserError if that fails."""
-    try:
-        path = kagglehub.dataset_download("kostastokis/simpsons-faces")
-    except Exception as error:  # whatever the network and Kaggle come up with
-        raise UserError(
-            f"no images at {root}, and downloading kostastokis/simpsons-faces failed ({type(error).__name__}); "
-            "name a folder of your own with --data_root (and --split_dir), or draw the built-in faces: "
-            "python -m src.faces data/faces, then --data_root data/faces --split_dir data/faces"
-        ) from error
-    if not Path(root).is_dir():
-        raise UserError(f"downloaded the faces to {path}, but {root} is still missing: check --data_root")
-
-
 class SimpsonsDataset(Dataset):
     """The images `<root>/<id>.png` of one split, as RGB through `transform`.
 
@@ -51,34 +32,16 @@ class SimpsonsDataset(Dataset):
     """
 
     def __init__(self, root: str, split: str, transform: Callable | None = None, split_dir: str = "data"):
-        self.root = Path(root)
+        self.root = root
         self.split = split
         self.transform = transform
-        split_file = Path(split_dir) / f"{split}_split.txt"
-        if not split_file.is_file():
-            raise UserError(
-                f"no split file {split_file}: fetch the official one with `python -m src.submission base-code`, "
-                "or name another folder (split_dir)"
-            )
-        self.paths = [self.root / f"{name}.png" for name in split_file.read_text().split()]
-        if not self.paths:
-            raise UserError(f"{split_file} names no image")
-        missing = [path for path in self.paths if not path.is_file()]
-        if missing:
-            raise UserError(
-                f"{len(missing)} of the {len(self.paths)} images of {split_file} are missing, the first is "
-                f"{missing[0]}: complete the folder, or name the split that belongs to it"
-            )
+        self.image_paths = split_paths(root, split, split_dir)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.image_paths)
 
     def __getitem__(self, index: int):
-        path = self.paths[index]
-        try:
-            image = Image.open(path).convert("RGB")
-        except (OSError, SyntaxError) as error:  # a damaged PNG can raise either
-            raise UserError(f"cannot read the image {path} ({error}): replace it") from error
+        image = read_rgb(self.image_paths[index])
         return self.transform(image) if self.transform else image
 
 
@@ -96,14 +59,12 @@ class SimpsonsDataModule:
         transform: Callable[[Image.Image], Tensor] | None = None,
         split_dir: str = "data",
     ):
+        ensure_root(root)
         self.root = root
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.transform = transform or transforms.Compose(
-            [transforms.Resize((64, 64)), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
-        )
-        if not Path(root).is_dir():
-            download(root)
+        self.image_resolution = 64
+        self.transform = transform or to_pixels(self.image_resolution)
         self.train_ds = SimpsonsDataset(root, "train", self.transform, split_dir)
         self.val_ds = SimpsonsDataset(root, "val", self.transform, split_dir)
 

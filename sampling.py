@@ -1,14 +1,21 @@
 """Sample images from a checkpoint at each NFE: `python sampling.py --ckpt_path results/<run>/last.ckpt`."""
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from custom_model import create_custom_model
-from src.utils import UserError, load_model, one_line_errors, seed_everything, tensor_to_pil_image
+from src.utils import (
+    UserError,
+    load_model,
+    one_line_errors,
+    pick_device,
+    replacing_folder,
+    seed_everything,
+    tensor_to_pil_image,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,13 +37,10 @@ def parse_arguments() -> argparse.Namespace:
 @torch.no_grad()
 def write_samples(model, folder: Path, nfe: int, num_samples: int, batch_size: int) -> None:
     """Write `<index:04d>.png` into `folder`, replacing the images of an earlier call, whole or not at all."""
-    foreign = [path.name for path in folder.glob("*") if not (path.suffix == ".png" and path.stem.isdigit())]
+    foreign = [path.name for path in folder.glob("[!.]*") if not (path.suffix == ".png" and path.stem.isdigit())]
     if foreign:
         raise UserError(f"{folder} holds {foreign[0]}, which sampling did not write: choose another --save_dir")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with tqdm(total=num_samples, desc=f"NFE={nfe}", unit="image") as progress:
+    with replacing_folder(folder) as partial, tqdm(total=num_samples, desc=f"NFE={nfe}", unit="image") as progress:
         while progress.n < num_samples:
             count = min(batch_size, num_samples - progress.n)
             shape = (count, 3, model.image_size, model.image_size)
@@ -44,13 +48,11 @@ def write_samples(model, folder: Path, nfe: int, num_samples: int, batch_size: i
             for index, image in enumerate(tensor_to_pil_image(images), start=progress.n):
                 image.save(partial / f"{index:04d}.png")
             progress.update(count)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def main() -> None:
     args = parse_arguments()
-    device = torch.device(args.device if torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device)
     # Seeded before the model is built: its initialisation draws from the same generator as the noise, and
     # so do earlier batches and NFEs. The images depend on all of that, as the challenge's do.
     seed_everything(args.seed)

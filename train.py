@@ -5,13 +5,12 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-
 from custom_model import IMAGE_SIZES, TIME_SAMPLINGS, UNETS, create_custom_model
+from src.images import DATA_ROOT
 from src.objectives import OBJECTIVES
 from src.training.data import load_images
-from src.training.engine import Recipe, train, write_configs
-from src.utils import DATA_ROOT, get_current_time, one_line_errors, replacing, seed_everything
+from src.training.engine import Recipe, train
+from src.utils import get_current_time, one_line_errors, pick_device, replacing, seed_everything
 
 BEST = Path("checkpoints/best_model.pt")  # what sampling.py reads by default
 
@@ -55,7 +54,7 @@ def main() -> None:
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
     default_dir = Path(args.save_dir) == Path("results")
     save_dir = Path("results") / get_current_time() if default_dir else Path(args.save_dir)
-    device = torch.device(args.device if torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device)
 
     images, data_hash = load_images(args.data_root, args.split_dir, args.image_size)
     settings = {
@@ -74,19 +73,23 @@ def main() -> None:
         **settings,
         "use_additional_condition": model.network.use_additional_condition,
     }
-    write_configs(save_dir, {**vars(args), "save_dir": str(save_dir), "device": str(device)}, model_config)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.objective} on {len(images)} images ({data_hash}), {parameters:,} parameters, {device} -> {save_dir}")
+    arguments = {**vars(args), "save_dir": str(save_dir), "device": str(device)}
+    train(model, model_config, images, data_hash, recipe, save_dir, arguments)
 
-    train(model, model_config, images, data_hash, recipe, save_dir)
+    print("\nDone. " + (publish(save_dir) if default_dir and args.unet == "full" and args.image_size == 64 else ""))
+    print(f"Next:\n  python sampling.py --ckpt_path {save_dir}/final_model.pt")
 
-    final = save_dir / "final_model.pt"
-    if default_dir and args.unet == "full" and args.image_size == 64 and not BEST.exists():
-        for source, target in ((save_dir / "model_config.json", BEST.with_name("model_config.json")), (final, BEST)):
-            with replacing(target) as temporary:
-                shutil.copyfile(source, temporary)
-        final = BEST
-    print(f"\nDone. Next:\n  python sampling.py --ckpt_path {final}")
+
+def publish(save_dir: Path) -> str:
+    """Copy a run's final model to where sampling.py looks, unless a model is there already; say which."""
+    if BEST.exists():
+        return f"{BEST} was there already and is kept: copy final_model.pt and model_config.json there to replace it."
+    for source, target in (("model_config.json", BEST.with_name("model_config.json")), ("final_model.pt", BEST)):
+        with replacing(target) as temporary:
+            shutil.copyfile(save_dir / source, temporary)
+    return f"Published as {BEST}, which sampling.py takes by default."
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +16,6 @@ import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-DATA_ROOT = "./data/datasets/kostastokis/simpsons-faces/versions/1/cropped"  # where kagglehub puts the faces
-
 
 class UserError(Exception):
     """Something the user can put right. Scripts print it as one line and exit with 1."""
@@ -28,8 +27,12 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        # A loader's worker sends its error with the traceback in front: the last line is the message.
-        sys.exit("error: " + str(error).strip().split("\n")[-1].removeprefix("src.utils.UserError: "))
+        text = str(error).strip()
+        if "Traceback" in text:  # from a loader's worker, its message on the last line
+            text = text.split("\n")[-1].removeprefix("src.utils.UserError: ")
+        sys.exit("error: " + " ".join(text.split()))
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of GPU memory: lower --batch_size, or for training split it with --accumulate")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -40,6 +43,14 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.cuda.manual_seed_all(seed)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, or the CPU where there is no CUDA."""
+    try:
+        return torch.device(name if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise UserError(f"no device {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def get_current_time() -> str:
@@ -79,17 +90,35 @@ def labelled_grid(rows: dict[str, list[Image.Image]], scale: int = 2) -> Image.I
     return grid
 
 
+def _temporary(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file whole or not at all: yields a temporary name beside `path`, renamed on success."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Write a folder whole or not at all: yields an empty one beside `folder`, which takes its place on success."""
+    folder = Path(folder)
+    temporary = _temporary(folder)
+    temporary.mkdir()
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: str | os.PathLike, content: dict) -> None:
@@ -123,8 +152,10 @@ def save_model(
     with replacing(checkpoint_path) as temporary:
         try:
             torch.save({"state_dict": model.state_dict(), "model_config": model_config, **extra}, temporary)
-        except RuntimeError as error:  # how PyTorch reports a full disk
-            raise UserError(f"could not write {checkpoint_path} ({error}): free some disk space, run again") from error
+        except RuntimeError as error:
+            if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+                raise
+            raise UserError(f"could not write {checkpoint_path}: is the disk full? Make room, run again") from error
 
 
 def load_model(
@@ -149,6 +180,8 @@ def load_model(
         raise UserError(f"no model config at {config_path}: put it there, or pass --config_path") from None
     except ValueError as error:
         raise UserError(f"{config_path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{config_path} must hold a JSON object, not a {type(config).__name__}")
 
     model = create_model_fn(device=device, **config)
     try:

@@ -110,11 +110,13 @@ def test_cache_follows_the_content(folders, tiny_network):
 
 
 def test_only_the_official_network_gives_an_fid(tiny_network, monkeypatch):
+    """The name follows the file's hash, not its place."""
     device = torch.device("cpu")
-    assert room.load_features(tiny_network, device).distance == "FD[tiny]"
-    monkeypatch.setattr(room, "OFFICIAL", tiny_network)  # something else lies where clean-fid looks
-    with pytest.raises(UserError, match="too small for the official Inception"):
-        room.load_features(None, device)
+    network = room.load_features(tiny_network, device)
+    assert network.distance == "FD[tiny]"
+    assert [name for name in room.DISTANCES.values() if name == "FID"] == ["FID"]
+    monkeypatch.setitem(room.DISTANCES, network.key, "FID")
+    assert room.load_features(tiny_network, device).distance == "FID"
 
 
 def test_missing_networks_and_images_get_one_line(folders, tmp_path, monkeypatch):
@@ -122,14 +124,14 @@ def test_missing_networks_and_images_get_one_line(folders, tmp_path, monkeypatch
     monkeypatch.setattr(room, "OFFICIAL", tmp_path / "none/inception.pt")
     monkeypatch.setattr(room, "inception_url", "http://127.0.0.1:9/inception.pt")
     with pytest.raises(UserError, match="could not be downloaded.*--features"):
-        room.load_features(None, device)
+        room.official_inception()
     with pytest.raises(UserError, match="no feature network"):
         room.load_features("absent.pt", device)
     (tmp_path / "junk.pt").write_bytes(b"junk")
     with pytest.raises(UserError, match="not a TorchScript"):
         room.load_features(tmp_path / "junk.pt", device)
     (folders / "empty").mkdir()
-    with pytest.raises(UserError, match="no PNG images"):
+    with pytest.raises(UserError, match="0 images"):
         room.image_files(folders / "empty")
     with pytest.raises(UserError, match="not empty"):
         write_reference([], folders / "val")

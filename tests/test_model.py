@@ -27,7 +27,7 @@ def test_path_round_trips_in_float64():
     "name, distribution",
     [
         ("uniform", lambda t: t),
-        ("u_shaped", lambda t: (1 + math.sinh(4 * (2 * t - 1)) / math.sinh(4)) / 2),
+        ("u_shaped", lambda t: (1 + math.sinh(4 * (t - 0.5)) / math.sinh(2)) / 2),
         ("logit_normal", lambda t: (1 + math.erf(math.log(t / (1 - t)) / math.sqrt(2))) / 2),
     ],
 )

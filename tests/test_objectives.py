@@ -44,6 +44,14 @@ def test_loss_and_gradients_are_finite(model):
     assert model.compute_loss(data, noise).ndim == 0
 
 
+def test_loss_of_a_plain_loop_reaches_every_weight_under_autocast(model):
+    data, noise = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.compute_loss(data, noise)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_loss_is_a_function_of_its_draw(model):
     model.eval()
     data, noise = batch()
@@ -90,7 +98,7 @@ def test_resumed_training_is_bitwise_equal(name, faces, workdir):
             torch.manual_seed(0)
             model = create_custom_model(objective=name, unet="small", image_size=32)
             recipe = Recipe(batch_size=8, num_iterations=stop, lr=1e-3, warmup=2, log_interval=2, save_interval=100)
-            train(model, {"objective": name}, images, key, recipe, workdir / folder)
+            train(model, {"objective": name}, images, key, recipe, workdir / folder, {})
         return torch.load(workdir / folder / "last.ckpt", weights_only=True)
 
     straight, resumed = run("straight", 7), run("resumed", 3, 7)
@@ -146,8 +154,33 @@ def test_shortcut_target_is_two_teacher_steps():
             return (xt - 0.5) / t[:, None]  # every path ends at 0.5
 
     model = create_custom_model(objective="shortcut", unet="small")
-    x = torch.randn(5, 2)
+    x = torch.linspace(-1.5, 1.5, 10).reshape(5, 2)
     t, d = torch.tensor([1.0, 1.0, 0.5, 0.25, 1 / 64]), torch.tensor([1.0, 0.5, 0.5, 0.125, 1 / 64])
     target = model.objective._two_steps(Exact(), x, t, d)
     torch.testing.assert_close(target, ((x - 0.5) / t[:, None]).clamp(-4, 4), rtol=1e-4, atol=1e-4)
     assert Exact.asked[0].tolist() == [0.5, 0.25, 0.25, 0.0625, 0]  # 1/128 is asked for as 0
+
+
+def test_shortcut_learns_from_the_average_in_eval_mode_within_the_clip():
+    class Wild(torch.nn.Module):
+        """A teacher that jumps far out, and remembers how it was called."""
+
+        def __init__(self):
+            super().__init__()
+            self.states, self.modes = [], []
+
+        def predict(self, xt, t, d):
+            self.states.append(xt)
+            self.modes.append(self.training)
+            return torch.full_like(xt, -100.0)
+
+    model = create_custom_model(objective="shortcut", unet="small", image_size=32)
+    teacher = Wild().train()
+    data, noise = batch(16)
+    draw = model.objective.draw(16)
+    loss, logs = model.objective.loss(Nets(student=model, ema=teacher), data, noise, 0, draw)
+    assert teacher.modes == [False, False] and teacher.training
+    assert teacher.states[1].max() == 4  # the state between the two steps is clipped
+    # A new network predicts about 0, so the bootstrapped loss is the clipped target's square.
+    assert logs["loss_bootstrap"].tolist() == pytest.approx([16.0] * 2, rel=1e-2)
+    assert len(logs["loss_flow"]) == 14 and loss.shape == (16,)

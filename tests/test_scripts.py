@@ -15,6 +15,7 @@ from torchvision import transforms
 import measure_fid
 from custom_model import create_custom_model
 from dataset import SimpsonsDataModule, SimpsonsDataset, get_data_iterator
+from src.evaluation.features import Features
 from src.evaluation.reference import write_reference
 from src.utils import UserError, load_model, save_model, seed_everything, tensor_to_pil_image
 
@@ -55,6 +56,8 @@ def test_sampling_replaces_its_own_images_and_nothing_else(checkpoint, workdir, 
     assert sampling(workdir, script_env, *flags, "2").returncode == 0
     folder = workdir / "samples/nfe=1"
     assert sorted(path.name for path in folder.iterdir()) == ["0000.png", "0001.png"]  # no stale third image
+    (folder / ".DS_Store").write_text("left by a file manager")
+    assert sampling(workdir, script_env, *flags, "2").returncode == 0
     (folder / "notes.txt").write_text("mine")
     result = sampling(workdir, script_env, *flags, "2")
     assert result.returncode == 1 and "notes.txt" in result.stderr and (folder / "notes.txt").exists()
@@ -72,6 +75,7 @@ def test_sampling_replaces_its_own_images_and_nothing_else(checkpoint, workdir, 
             "unknown model setting 'lr'",
         ),
         (lambda run: (run / "model_config.json").write_text('{"unet": "full"}'), "does not fit the model"),
+        (lambda run: (run / "model_config.json").write_text("[]"), "must hold a JSON object"),
     ],
 )
 def test_sampling_says_what_is_wrong_in_one_line(checkpoint, workdir, script_env, damage, message):
@@ -136,9 +140,8 @@ def fid_script(monkeypatch, workdir, faces):
     layer = torch.nn.Linear(3 * 23 * 23, 6)
     network = lambda x: layer(x[:, :, ::13, ::13].flatten(1) / 255)  # noqa: E731
     monkeypatch.setattr(cleanfid.fid, "build_feature_extractor", lambda *args, **kwargs: network)
-    stand_in = workdir / "inception.pt"
-    stand_in.write_bytes(b"small")
-    monkeypatch.setattr(measure_fid, "official_inception", lambda: stand_in)
+    monkeypatch.setattr(measure_fid, "official_inception", lambda: "stand-in")
+    monkeypatch.setattr(measure_fid, "load_features", lambda path, device: Features(network, "FD[stand-in]", ""))
     (workdir / "data").mkdir()
     for split in ("train", "val"):
         (workdir / f"data/{split}_split.txt").write_text((faces / f"{split}_split.txt").read_text())
@@ -168,8 +171,8 @@ def test_measure_fid_prints_and_stores_clean_fids_score(fid_script, workdir, fac
     expected = cleanfid.fid.fid_from_feats(*features)
     output = capsys.readouterr()
     assert f"FID Score: {expected:.4f}" in output.out.splitlines()
-    assert "not the official FID" in output.err  # the stand-in is not the official network
-    for name in ("fid_results.json", "fid_results_nfe=1.json"):
+    assert "FD[stand-in], no FID" in output.err  # the stand-in is not the official network
+    for name in ("fid_results.json", "fid_results_samples_nfe=1.json"):
         result = json.loads((workdir / name).read_text())
         assert list(result) == ["fid_score", "generated_dir", "reference_dir"]
         assert result["fid_score"] == pytest.approx(expected, rel=1e-6)
@@ -178,9 +181,11 @@ def test_measure_fid_prints_and_stores_clean_fids_score(fid_script, workdir, fac
 def test_measure_fid_refuses_folders_that_would_be_miscounted(fid_script, workdir):
     run, _ = fid_script
     run()
-    (workdir / "data/simpsons_64x64/val/0007.png").unlink()
-    with pytest.raises(UserError, match="only the first 7 of 8"):
+    (workdir / "data/simpsons_64x64/val/0003.png").unlink()
+    with pytest.raises(UserError, match="not the 8 validation images .7 of them"):
         run()
+    (workdir / "data/simpsons_64x64/val").rename(workdir / "mine")
+    run("--reference_dir", "mine")  # a folder of one's own may hold any number
     nested = workdir / "samples/nfe=1/old"
     nested.mkdir()
     (workdir / "samples/nfe=1/0000.png").rename(nested / "0000.png")

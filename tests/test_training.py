@@ -1,5 +1,6 @@
 """The engine and train.py, run as a user would."""
 
+import copy
 import json
 import signal
 import subprocess
@@ -12,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+import train as train_py
 from custom_model import create_custom_model
 from src.training.data import batch_indices, load_images, to_batch
 from src.training.ema import EMA
-from src.training.engine import Recipe, train
-from src.utils import UserError, load_model
+from src.training.engine import Recipe, accumulate_gradient, train
+from src.utils import UserError, load_model, tensor_to_pil_image
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--unet", "small", "--image_size", "32", "--device", "cpu", "--batch_size", "8", "--warmup", "2"]
@@ -67,7 +69,7 @@ def test_train_script_leaves_what_the_challenge_asks_for(faces, workdir, script_
         other = official_loader(run / name, create_custom_model).state_dict()
         assert all(torch.equal(value, other[key]) for key, value in final.state_dict().items())
     facts = torch.load(run / "final_model.pt", weights_only=True)["provenance"]
-    assert facts["seed"] == 42 and facts["images"] == 24 and {"commit", "data", "torch", "step"} <= set(facts)
+    assert facts["seed"] == 42 and facts["images"] == 24 and {"commit", "data", "torch", "step", "bf16"} <= set(facts)
     assert Image.open(run / "iter=4_sample_0.png").size == (32, 32)
 
 
@@ -87,7 +89,7 @@ def test_interrupted_run_saves_and_goes_on(faces, workdir, script_env):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and "the same command goes on from" in stderr.splitlines()[-1]
+    assert process.returncode == 1 and "go on with the same command and --save_dir run" in stderr.splitlines()[-1]
     step = torch.load(workdir / "run/last.ckpt", weights_only=True)["training"]["step"]
     assert step >= 2
 
@@ -104,6 +106,7 @@ def test_interrupted_run_saves_and_goes_on(faces, workdir, script_env):
         (["--batch_size", "6", "--accumulate", "4"], "does not split into 4 equal slices"),
         (["--split_dir", "nowhere"], "no split file nowhere/train_split.txt"),
         (["--num_iterations", "0"], "--num_iterations must be at least 1"),
+        (["--seed", "-1"], "--seed must not be negative"),
     ],
 )
 def test_bad_input_gets_one_line(faces, workdir, script_env, flags, message):
@@ -136,7 +139,7 @@ def small_run(faces, workdir):
         torch.manual_seed(0)
         model = model or create_custom_model(objective="rectified_flow", unet="small", image_size=32)
         recipe = Recipe(**{"batch_size": 8, "num_iterations": steps, "save_interval": 2, "log_interval": 1, **recipe})
-        train(model, {"objective": "rectified_flow"}, images, key, recipe, save_dir)
+        train(model, {"objective": "rectified_flow"}, images, key, recipe, save_dir, {"lr": recipe.lr})
         return save_dir
 
     return run
@@ -147,15 +150,17 @@ def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(small_run):
     good = (save_dir / "last.ckpt").read_bytes()
     model = create_custom_model(objective="rectified_flow", unet="small", image_size=32)
     model.network.register_forward_hook(lambda module, inputs, output: output * float("nan"))
-    with pytest.raises(UserError, match="not finite.*last good checkpoint"):
+    with pytest.raises(UserError, match="not finite.*last.ckpt is still good"):
         small_run(4, model=model)
     assert (save_dir / "last.ckpt").read_bytes() == good
 
 
 def test_another_runs_checkpoint_is_refused_with_the_difference(small_run):
     save_dir = small_run(2)
+    before = {path: path.read_bytes() for path in save_dir.iterdir()}
     with pytest.raises(UserError, match="lr was 0.0001 and is now 0.001"):
         small_run(4, lr=1e-3)
+    assert {path: path.read_bytes() for path in save_dir.iterdir()} == before
     (save_dir / "last.ckpt").write_bytes((save_dir / "last.ckpt").read_bytes()[:1000])
     with pytest.raises(UserError, match="not a readable checkpoint"):
         small_run(4)
@@ -176,6 +181,84 @@ def test_full_disk_ends_with_one_line_and_keeps_the_last_checkpoint(faces, workd
     assert "error: could not write" in result.stderr.strip().splitlines()[-1]
     assert (workdir / "run/last.ckpt").read_bytes() == good
     assert not list((workdir / "run").glob(".*.tmp"))
+
+
+def test_full_disk_while_decoding_ends_with_one_line(faces, workdir, monkeypatch):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError):  # which scripts print as one line; a memory map would kill the process
+            load_images(str(faces), str(faces), 32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((workdir / "data/cache").iterdir()) == []
+
+
+def test_run_cut_short_between_its_last_step_and_its_export_is_finished_by_the_same_command(small_run):
+    save_dir = small_run(2)
+    (save_dir / "final_model.pt").unlink()
+    small_run(2)
+    assert (save_dir / "final_model.pt").exists()
+
+
+def test_learning_rate_warms_up_and_the_gradient_is_clipped(small_run, monkeypatch):
+    clipped = []
+    original = torch.nn.utils.clip_grad_norm_
+
+    def clip(parameters, max_norm):
+        parameters = list(parameters)
+        norm = original(parameters, max_norm)
+        clipped.append(torch.stack([p.grad.norm() for p in parameters]).norm().item())
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    rows = [json.loads(x) for x in (small_run(4, warmup=4, grad_clip=0.01) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4, 1e-4])
+    assert all(row["gradient_norm"] > 0.02 for row in rows)
+    assert clipped == pytest.approx([0.01] * 4, rel=1e-2)
+
+
+def test_exports_and_previews_are_the_average_not_the_last_weights(small_run):
+    save_dir = small_run(4, lr=1e-2, warmup=1)
+    state = torch.load(save_dir / "last.ckpt", weights_only=True)
+    exported = torch.load(save_dir / "final_model.pt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, state["state_dict"][key]) for key, value in exported.items())
+    assert not torch.equal(exported["network.head.weight"], state["training"]["student"]["network.head.weight"])
+
+    model = create_custom_model(objective="rectified_flow", unet="small", image_size=32)
+    model.load_state_dict(exported)
+    noise = [torch.Generator().manual_seed(42 + i) for i in range(8)]
+    expected = tensor_to_pil_image(model.sample((8, 3, 32, 32), 4, generator=noise))
+    for i in range(4):
+        assert np.array_equal(np.asarray(Image.open(save_dir / f"iter=4_sample_{i}.png")), np.asarray(expected[i]))
+
+
+def test_bf16_is_used_where_it_is_asked_for():
+    model = create_custom_model(objective="shortcut", unet="small", image_size=32)
+    kinds = set()
+    model.network.head.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
+    data = torch.randn(8, 3, 32, 32)
+    for bf16, kind in ((True, torch.bfloat16), (False, torch.float32)):
+        kinds.clear()
+        accumulate_gradient(model, copy.deepcopy(model).eval(), data, torch.randn_like(data), 0, 1, bf16)
+        assert kinds == {kind}
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+        model.zero_grad()
+
+
+def test_first_run_is_published_and_later_ones_leave_it(workdir):
+    for name, content in (("a", "first"), ("b", "second")):
+        (workdir / name).mkdir()
+        for file in ("final_model.pt", "model_config.json"):
+            (workdir / name / file).write_text(content)
+    assert "Published" in train_py.publish(workdir / "a")
+    assert "is kept" in train_py.publish(workdir / "b")
+    assert {path.name: path.read_text() for path in (workdir / "checkpoints").iterdir()} == {
+        "best_model.pt": "first",
+        "model_config.json": "first",
+    }
 
 
 def test_images_are_decoded_once_and_again_when_they_change(faces, workdir):

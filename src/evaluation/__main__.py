@@ -2,22 +2,18 @@
 
 import argparse
 
-import torch
-from torchvision import transforms
-
-from dataset import SimpsonsDataset
 from src.evaluation.distances import frechet_distance
-from src.evaluation.features import folder_features, load_features
+from src.evaluation.features import folder_features, load_features, official_inception
 from src.evaluation.reference import image_files, write_reference
-from src.utils import DATA_ROOT, UserError, one_line_errors
+from src.images import DATA_ROOT, read_rgb, split_paths, to_pixels
+from src.utils import one_line_errors, pick_device
 
 
 def score(args: argparse.Namespace) -> None:
-    device = torch.device(args.device if torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device)
     for folder in (args.generated, args.reference):
-        if len(image_files(folder)) < 2:
-            raise UserError(f"{folder} holds a single image: a distance needs at least two")
-    features = load_features(args.features, device)
+        image_files(folder)
+    features = load_features(args.features or official_inception(), device)
     reference = folder_features(args.reference, features, device, cache=True)
     generated = folder_features(args.generated, features, device)
     distance = frechet_distance(generated, reference)
@@ -25,10 +21,8 @@ def score(args: argparse.Namespace) -> None:
 
 
 def reference(args: argparse.Namespace) -> None:
-    pixels = transforms.Compose(
-        [transforms.Resize((args.size, args.size)), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
-    )
-    write_reference(SimpsonsDataset(args.data_root, args.split, pixels, args.split_dir), args.out)
+    images = [read_rgb(path) for path in split_paths(args.data_root, args.split, args.split_dir)]
+    write_reference(list(map(to_pixels(args.size), images)), args.out)
 
 
 def main() -> None:

@@ -19,8 +19,9 @@ from src.utils import UserError, replacing
 
 CACHE = Path("data/cache")
 OFFICIAL = Path("/tmp/inception-2015-12-05.pt")  # where clean-fid keeps, and looks for, its network
-# Networks that are not the official one, by the SHA-256 of their file, and what their distance is called.
-KNOWN_NETWORKS = {
+# What the Fréchet distance of a network's features is called, by the SHA-256 of its file. FID: the official one's.
+DISTANCES = {
+    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4": "FID",
     "9d6c9dddc364b2cff25ccb30eb775927eae752c68d5d9af1f6b701f86d9d0476": "FD-mid",
     "9ec0c12a5db9528612870ca142f250cca8fcccb7a3214ad572437d7408dbf0c9": "FD-mid",
 }
@@ -30,7 +31,7 @@ class Features(NamedTuple):
     """A network from images [B, 3, 299, 299] in [0, 255] to features [B, D]."""
 
     network: Callable[[Tensor], Tensor]
-    distance: str  # what a Fréchet distance of these features is called
+    distance: str  # what the Fréchet distance of these features is called
     key: str  # the hash of the network's file
 
 
@@ -49,35 +50,27 @@ def official_inception() -> Path:
     return OFFICIAL
 
 
-def official_inception_fault(path: Path) -> str | None:
-    """Why a file cannot be the official network, or None. Its 21.8 M float32 weights alone need 87 MB."""
-    return "is too small for the official Inception network" if path.stat().st_size < 87e6 else None
+def load_features(path: str | os.PathLike, device: torch.device) -> Features:
+    """A TorchScript file with `layers(x)`, x in [-1, 1]. Its distance is named by the file's hash, or after it.
 
-
-def load_features(path: str | os.PathLike | None, device: torch.device) -> Features:
-    """The official network (None), or the TorchScript file at `path` with `layers(x)`, x in [-1, 1].
-
-    Only the official network's distance is called FID; others are named after their file.
+    Raises: UserError if the file is missing or no such network.
     """
-    file = Path(path) if path is not None else official_inception()
+    file = Path(path)
     if not file.is_file():
         raise UserError(f"no feature network at {file}")
-    if path is None and (fault := official_inception_fault(file)):
-        raise UserError(f"{file} {fault}: delete it, or name it with --features to have its distance named after it")
     key = hashlib.sha256(file.read_bytes()).hexdigest()
     try:
         layers = torch.jit.load(file, map_location="cpu").float().eval().to(device).layers
     except (RuntimeError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{file} is not a TorchScript feature network with `layers`: {reason}") from error
-    name = "FID" if path is None else KNOWN_NETWORKS.get(key, f"FD[{file.stem}]")
-    return Features(lambda x: layers((x - 128) / 128).flatten(1), name, key)
+    return Features(lambda x: layers((x - 128) / 128).flatten(1), DISTANCES.get(key, f"FD[{file.stem}]"), key)
 
 
 def folder_features(
     folder: str | os.PathLike, features: Features, device: torch.device, batch_size: int = 64, cache: bool = False
 ) -> np.ndarray:
-    """Features of a folder's PNG images in the order of their names, [N, D].
+    """Features of a folder's images in the order of their names, [N, D].
 
     Args:
         cache: keep them in data/cache, named by the content of the images and of the network.

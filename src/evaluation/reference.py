@@ -1,13 +1,13 @@
-"""The folder of validation images that generated ones are compared with."""
+"""Folders of images to compare: writing a split as one, and listing what clean-fid will count."""
 
 import os
-import shutil
 from pathlib import Path
 
+from cleanfid.utils import EXTENSIONS
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from src.utils import UserError, tensor_to_pil_image
+from src.utils import UserError, replacing_folder, tensor_to_pil_image
 
 
 def write_reference(dataset: Dataset, folder: str | os.PathLike) -> None:
@@ -15,27 +15,24 @@ def write_reference(dataset: Dataset, folder: str | os.PathLike) -> None:
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not empty: name another folder, or delete it first")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for index in tqdm(range(len(dataset)), desc=f"writing {folder}", unit="image"):
-        tensor_to_pil_image(dataset[index]).save(partial / f"{index:04d}.png")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with replacing_folder(folder) as partial:
+        for index in tqdm(range(len(dataset)), desc=f"writing {folder}", unit="image"):
+            tensor_to_pil_image(dataset[index]).save(partial / f"{index:04d}.png")
 
 
 def image_files(folder: str | os.PathLike) -> list[Path]:
-    """The PNG images of a folder, sorted; UserError if it is missing, empty, or has images further down.
+    """The images of a folder that clean-fid would count, sorted.
 
-    clean-fid searches folders recursively, so leftovers below would silently count.
+    Raises: UserError if the folder is missing, holds fewer than two images (a distance needs two), or has images
+    further down: clean-fid searches recursively, so leftovers there would silently count.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: write its images first")
-    files = sorted(folder.rglob("*.png"))
-    if not files:
-        raise UserError(f"{folder} holds no PNG images")
+    files = sorted(path for path in folder.rglob("*") if path.suffix[1:] in EXTENSIONS)
     nested = [path for path in files if path.parent != folder]
     if nested:
         raise UserError(f"{nested[0]} lies below {folder} and would be counted too: name the folder that holds it")
+    if len(files) < 2:
+        raise UserError(f"{folder} holds {len(files)} images: a distance needs at least two")
     return files

@@ -20,7 +20,7 @@ class RectifiedFlow:
     def loss(
         self, nets: Nets, data: Tensor, noise: Tensor, step: int, draw: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        t = draw["t"].to(data.device)
+        t = draw["t"].to(data.device, non_blocking=True)
         x_t = self.scheduler.forward_process(data, noise, t)
         target = self.scheduler.get_target(data, noise, t)
         return squared_error(nets.student.predict(x_t, t), target), {}

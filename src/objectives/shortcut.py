@@ -43,10 +43,9 @@ class Shortcut:
     def loss(
         self, nets: Nets, data: Tensor, noise: Tensor, step: int, draw: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        t, d = draw["t"].to(data.device), draw["d"].to(data.device)
-        # Chosen on the CPU: a mask on the GPU would make the host wait for it.
-        flow = (draw["d"] == 0).nonzero().squeeze(1).to(data.device)
-        bootstrapped = draw["d"].nonzero().squeeze(1).to(data.device)
+        # Rows are chosen on the CPU, where their number is known without waiting for the GPU.
+        rows = (draw["d"] == 0).nonzero().squeeze(1), draw["d"].nonzero().squeeze(1)
+        t, d, flow, bootstrapped = (x.to(data.device, non_blocking=True) for x in (draw["t"], draw["d"], *rows))
 
         x_t = self.scheduler.forward_process(data, noise, t)
         target = self.scheduler.get_target(data, noise, t)

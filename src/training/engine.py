@@ -55,6 +55,8 @@ class Recipe:
                 raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.accumulate:
             raise UserError(f"--batch_size {self.batch_size} does not split into {self.accumulate} equal slices")
+        if self.seed < 0 or self.lr <= 0 or not 0 <= self.ema_decay < 1:
+            raise UserError("--seed must not be negative, --lr must be positive, and --ema_decay in [0, 1)")
 
 
 FREE = ("num_iterations", "accumulate", "log_interval", "save_interval", "max_minutes")
@@ -93,11 +95,15 @@ def accumulate_gradient(
     return logs
 
 
-def train(model, model_config: dict, images: np.ndarray, data_hash: str, recipe: Recipe, save_dir: Path) -> None:
+def train(
+    model, model_config: dict, images: np.ndarray, data_hash: str, recipe: Recipe, save_dir: Path, arguments: dict
+) -> None:
     """Train `model` on uint8 `images` [N, 3, H, W]; go on from `save_dir`/last.ckpt if it is there.
 
-    Writes checkpoints (the EMA's weights, with the config beside them), previews, metrics and curves.
-    Raises: UserError if the loss is no longer finite, or `last.ckpt` belongs to another run.
+    Writes checkpoints (the EMA's weights), `model_config.json` (what rebuilds the model), `training_config.json`
+    (`arguments`), previews, metrics and curves.
+    Raises: UserError if the loss is no longer finite, the run is stopped by a signal (after saving), or `last.ckpt`
+        belongs to another run (which is left as it is).
     """
     device = model.device
     bf16 = has_bf16(device)
@@ -109,8 +115,10 @@ def train(model, model_config: dict, images: np.ndarray, data_hash: str, recipe:
     }
     last = save_dir / "last.ckpt"
     start = _resume(last, model, ema, optimizer, identity) if last.exists() else 0
+    write_json(save_dir / "training_config.json", arguments)
+    write_json(save_dir / "model_config.json", model_config)
     metrics = Metrics(save_dir / "metrics.jsonl", start)
-    origin = provenance(seed=recipe.seed, data=data_hash, images=len(images), device=str(device))
+    origin = provenance(device, seed=recipe.seed, data=data_hash, images=len(images), bf16=bf16)
 
     def save(step: int, *exports: str) -> None:
         facts = {"provenance": {**origin, "step": step}}
@@ -122,55 +130,58 @@ def train(model, model_config: dict, images: np.ndarray, data_hash: str, recipe:
 
     model.train()
     logs: dict[str, list[Tensor]] = {}
+    step = interval_start = start
     began = interval_began = time.monotonic()
-    interval_start = step = start
-    with _stop_signals() as stopped, tqdm(total=recipe.num_iterations, initial=start, desc="training") as progress:
-        while step < recipe.num_iterations:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * min(1.0, (step + 1) / max(1, recipe.warmup))
-            seed_step(recipe.seed, 0, step)
-            data = to_batch(images, batch_indices(len(images), recipe.batch_size, recipe.seed, step), device)
-            noise = torch.randn_like(data)
-            parts = accumulate_gradient(model, ema.model, data, noise, step, recipe.accumulate, bf16)
-            for name, values in parts.items():
-                logs.setdefault(name, []).extend(values)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update(model, step)
-            step += 1
+    with (
+        _stop_signals() as stop_received,
+        tqdm(total=recipe.num_iterations, initial=start, desc="training") as progress,
+    ):
+        finished = stopped = False
+        while not (finished or stopped):
+            if step < recipe.num_iterations:
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.lr * min(1.0, (step + 1) / max(1, recipe.warmup))
+                seed_step(recipe.seed, 0, step)
+                data = to_batch(images, batch_indices(len(images), recipe.batch_size, recipe.seed, step), device)
+                noise = torch.randn_like(data)
+                parts = accumulate_gradient(model, ema.model, data, noise, step, recipe.accumulate, bf16)
+                for name, values in parts.items():
+                    logs.setdefault(name, []).extend(values)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                ema.update(model, step)
+                step += 1
 
             out_of_time = recipe.max_minutes is not None and time.monotonic() - began > 60 * recipe.max_minutes
-            finished = step == recipe.num_iterations or out_of_time
-            saving = finished or stopped() or step % recipe.save_interval == 0
-            if saving or step % recipe.log_interval == 0:
-                row = _means(logs)
-                if not all(map(math.isfinite, (row["loss"], norm.item()))):
+            finished = step >= recipe.num_iterations or out_of_time
+            stopped = stop_received()
+            saving = finished or stopped or step % recipe.save_interval == 0
+            if logs and (saving or step % recipe.log_interval == 0):
+                row = _means(logs) | {"gradient_norm": norm.item()}
+                if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
+                    kept = f"{last} is still good" if last.exists() else "nothing was saved yet"
                     raise UserError(
-                        f"the loss is not finite ({row['loss']}) around iteration {step}: lower --lr; "
-                        + (f"{last} is the last good checkpoint" if last.exists() else "nothing was saved yet")
+                        f"the loss or its gradient is not finite around iteration {step}; {kept}; "
+                        "start again with a lower --lr in a new --save_dir"
                     )
-                elapsed = time.monotonic() - interval_began
-                row |= {
-                    "gradient_norm": norm.item(),
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "images_per_second": (step - interval_start) * recipe.batch_size / elapsed,
-                }
+                speed = (step - interval_start) * recipe.batch_size / (time.monotonic() - interval_began)
+                row |= {"lr": optimizer.param_groups[0]["lr"], "images_per_second": speed}
                 metrics.add({"step": step, "images": step * recipe.batch_size, **row})
                 progress.update(step - progress.n)
-                progress.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{row['images_per_second']:.1f}")
+                progress.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{speed:.1f}")
                 logs, interval_start = {}, step
             if saving:
-                at_interval = step % recipe.save_interval == 0 or finished
+                at_interval = finished or step % recipe.save_interval == 0
                 save(step, *[f"checkpoint_iter_{step}.pt"] * at_interval, *["final_model.pt"] * finished)
                 if at_interval:
                     save_previews(ema.model, save_dir, step, recipe.seed)
             if step == interval_start:  # the time that saving took is not training time
                 interval_began = time.monotonic()
-            if out_of_time:
-                break
-            if stopped():
-                raise UserError(f"stopped at iteration {step}; the same command goes on from {last}")
+    if not finished:
+        raise UserError(
+            f"stopped at iteration {step}, all saved: go on with the same command and --save_dir {save_dir}"
+        )
 
 
 def _means(logs: dict[str, list[Tensor]]) -> dict[str, float | None]:
@@ -207,9 +218,3 @@ def _stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def write_configs(save_dir: Path, arguments: dict, model_config: dict) -> None:
-    """`training_config.json` (every argument) and `model_config.json` (what rebuilds the model)."""
-    write_json(save_dir / "training_config.json", arguments)
-    write_json(save_dir / "model_config.json", model_config)

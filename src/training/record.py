@@ -17,8 +17,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 PREVIEW_NFES = (1, 2, 4)
 
 
-def provenance(**facts) -> dict:
-    """Which code and environment made a checkpoint, and whatever else is given."""
+def provenance(device: torch.device, **facts) -> dict:
+    """Which code, environment and device made a checkpoint, and whatever else is given."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -27,7 +27,8 @@ def provenance(**facts) -> dict:
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-    return {"commit": commit, **versions, **facts}
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"commit": commit, **versions, "device": f"{device.type} ({chip})", **facts}
 
 
 class Metrics:
