@@ -1,62 +1,92 @@
 """Train the flow map on the Simpsons faces: `python train.py`. The same command with the same --save_dir resumes."""
 
 import argparse
-import shutil
+import json
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 from custom_model import IMAGE_SIZES, TIME_SAMPLINGS, UNETS, create_custom_model
+from src.evaluation.scoring import Scorer
 from src.images import DATA_ROOT
 from src.objectives import OBJECTIVES
+from src.submission.export import TARGET, export
 from src.training.data import load_images
+from src.training.distributed import World, joined
 from src.training.engine import Recipe, train
-from src.utils import get_current_time, one_line_errors, pick_device, replacing, seed_everything
+from src.training.estimate import estimate
+from src.training.record import environment
+from src.utils import get_current_time, one_line_errors, seed_everything
 
-BEST = Path("checkpoints/best_model.pt")  # what sampling.py reads by default
+# Recipes for those who do not want to improvise; every value can be overridden by its flag.
+PRESETS = {
+    # A look at whether everything works: 0.2 M images.
+    "quick": dict(batch_size=64, num_iterations=3000, lr=4e-4, warmup=100, save_interval=1000),
+    # 10 M images; slices of 32 fit a consumer card.
+    "one-gpu-day": dict(
+        batch_size=128,
+        num_iterations=80_000,
+        lr=2e-4,
+        warmup=1000,
+        lr_decay_start=40_000,
+        accumulate=4,
+        save_interval=5000,
+    ),
+    # 1.5 M images on an H100- or H200-class card.
+    "data-centre-25min": dict(
+        batch_size=256, num_iterations=6000, lr=4e-4, warmup=500, save_interval=1000, max_minutes=25
+    ),
+}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
     # Flags of the challenge's base code.
-    parser.add_argument("--batch_size", type=int, default=Recipe.batch_size)
-    parser.add_argument("--num_iterations", type=int, default=Recipe.num_iterations)
-    parser.add_argument("--lr", type=float, default=Recipe.lr)
-    parser.add_argument("--save_dir", default="./results", help="left as it is, a new ./results/<MM-DD-HHMMSS>")
-    parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
-    parser.add_argument("--log_interval", type=int, default=Recipe.log_interval)
-    parser.add_argument("--save_interval", type=int, default=Recipe.save_interval)
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument(
-        "--use_additional_condition",
-        action="store_true",
-        default=None,
-        help="add the condition even where the objective does without",
-    )
-    parser.add_argument("--num_train_timesteps", type=int, default=1000, help="scale of t and d before the embedding")
+    add("--batch_size", type=int, default=Recipe.batch_size, help="of one step, over all processes")
+    add("--num_iterations", type=int, default=Recipe.num_iterations)
+    add("--lr", type=float, default=Recipe.lr)
+    add("--save_dir", default="./results", help="left as it is, a new ./results/<MM-DD-HHMMSS>")
+    add("--device", default="cuda", help="without CUDA: the CPU")
+    add("--log_interval", type=int, default=Recipe.log_interval)
+    add("--save_interval", type=int, default=Recipe.save_interval)
+    add("--seed", type=int, default=Recipe.seed)
+    add("--use_additional_condition", action="store_true", default=None,
+        help="add the condition even where the objective does without")  # fmt: skip
+    add("--num_train_timesteps", type=int, default=1000, help="scale of t and d before the embedding")
     # Ours.
-    parser.add_argument("--objective", choices=OBJECTIVES, default="shortcut")
-    parser.add_argument("--time_sampling", choices=TIME_SAMPLINGS, default="uniform")
-    parser.add_argument("--unet", choices=UNETS, default="full", help="small: experiments only, no submission")
-    parser.add_argument("--image_size", type=int, choices=IMAGE_SIZES, default=64, help="32: experiments only")
-    parser.add_argument("--data_root", default=DATA_ROOT, help="folder of <id>.png; left as it is, downloaded")
-    parser.add_argument("--split_dir", default="data", help="folder of train_split.txt and val_split.txt")
-    parser.add_argument("--warmup", type=int, default=Recipe.warmup, help="steps of linear learning-rate increase")
-    parser.add_argument("--weight_decay", type=float, default=Recipe.weight_decay)
-    parser.add_argument("--grad_clip", type=float, default=Recipe.grad_clip, help="largest norm of the gradient")
-    parser.add_argument("--ema_decay", type=float, default=Recipe.ema_decay)
-    parser.add_argument("--accumulate", type=int, default=Recipe.accumulate, help="slices of a batch: less memory")
-    parser.add_argument("--max_minutes", type=float, default=None, help="stop and export after so long")
+    add("--preset", choices=PRESETS, help="a recipe; flags given beside it win")
+    add("--dry_run", action="store_true", help="print what would be done, with estimates, and stop")
+    add("--objective", choices=OBJECTIVES, default="shortcut")
+    add("--time_sampling", choices=TIME_SAMPLINGS, default="uniform")
+    add("--unet", choices=UNETS, default="full", help="small: experiments only, no submission")
+    add("--image_size", type=int, choices=IMAGE_SIZES, default=64, help="32: experiments only")
+    add("--data_root", default=DATA_ROOT, help="folder of <id>.png; left as it is, downloaded")
+    add("--split_dir", default="data", help="folder of train_split.txt and val_split.txt")
+    add("--warmup", type=int, default=Recipe.warmup, help="steps of linear learning-rate increase")
+    add("--lr_decay_start", type=int, default=Recipe.lr_decay_start, help="from here on, lr falls as 1/sqrt(step)")
+    add("--beta1", type=float, default=Recipe.beta1)
+    add("--beta2", type=float, default=Recipe.beta2)
+    add("--weight_decay", type=float, default=Recipe.weight_decay)
+    add("--grad_clip", type=float, default=Recipe.grad_clip, help="largest norm of the gradient")
+    add("--ema_decay", type=float, default=Recipe.ema_decay)
+    add("--accumulate", type=int, default=Recipe.accumulate, help="slices of a process's share of a batch: less memory")
+    add("--max_minutes", type=float, default=None, help="stop and export after so long")
+    add("--eval_interval", type=int, default=0, help="score every so many steps and keep best_model.pt; 0: never")
+    add("--eval_samples", type=int, default=500, help="for each NFE")
+    add("--features", help="TorchScript network to score with; default: the official one, for the FID")
+    preset = parser.parse_known_args()[0].preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_arguments()
+def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
     default_dir = Path(args.save_dir) == Path("results")
     save_dir = Path("results") / get_current_time() if default_dir else Path(args.save_dir)
-    device = pick_device(args.device)
-
-    images, data_hash = load_images(args.data_root, args.split_dir, args.image_size)
+    with world.one_a_machine_first():
+        images, data_hash = load_images(args.data_root, args.split_dir, args.image_size)
     settings = {
         "objective": args.objective,
         "use_additional_condition": args.use_additional_condition,
@@ -73,23 +103,41 @@ def main() -> None:
         **settings,
         "use_additional_condition": model.network.use_additional_condition,
     }
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.objective} on {len(images)} images ({data_hash}), {parameters:,} parameters, {device} -> {save_dir}")
     arguments = {**vars(args), "save_dir": str(save_dir), "device": str(device)}
-    train(model, model_config, images, data_hash, recipe, save_dir, arguments)
+    if args.dry_run:
+        needs = estimate(model, torch.from_numpy(images).to(device), recipe, world)
+        data = {"images": len(images), "hash": data_hash}
+        plan = {"arguments": arguments, "model_config": model_config, "data": data, "processes": world.size,
+                "environment": environment(device), "estimate": needs}  # fmt: skip
+        if world.rank == 0:
+            print(json.dumps(plan, indent=2))
+        return
 
-    print("\nDone. " + (publish(save_dir) if default_dir and args.unet == "full" and args.image_size == 64 else ""))
-    print(f"Next:\n  python sampling.py --ckpt_path {save_dir}/final_model.pt")
+    if world.rank == 0:
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{args.objective} on {len(images)} images ({data_hash}), {count:,} parameters, "
+              f"{world.size} x {device.type} -> {save_dir}")  # fmt: skip
+    evaluate = None
+    if args.eval_interval and world.rank == 0:
+        evaluate = Scorer(
+            args.data_root, args.split_dir, args.image_size, args.eval_samples, args.features, device, args.seed
+        )
+    train(model, model_config, images, data_hash, recipe, save_dir, arguments, world, evaluate)
+    if world.rank > 0:
+        return
+    print(f"\nDone: {save_dir}")
+    challenges = args.unet == "full" and args.image_size == 64
+    if default_dir and challenges and not TARGET.exists():
+        print(f"{export(save_dir)} is now {TARGET}, which sampling.py takes by default")
+    elif challenges:
+        print(f"To make it {TARGET}, which sampling.py takes by default:\n  python -m src.submission export {save_dir}")
+    print(f"To sample from it:\n  python sampling.py --ckpt_path {save_dir}/final_model.pt")
 
 
-def publish(save_dir: Path) -> str:
-    """Copy a run's final model to where sampling.py looks, unless a model is there already; say which."""
-    if BEST.exists():
-        return f"{BEST} was there already and is kept: copy final_model.pt and model_config.json there to replace it."
-    for source, target in (("model_config.json", BEST.with_name("model_config.json")), ("final_model.pt", BEST)):
-        with replacing(target) as temporary:
-            shutil.copyfile(save_dir / source, temporary)
-    return f"Published as {BEST}, which sampling.py takes by default."
+def main() -> None:
+    args = parse_arguments()
+    with joined(args.device) as (world, device):
+        run(args, world, device)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,18 @@ def write_json(path: str | os.PathLike, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
+@contextmanager
+def writing_checkpoint(path: str | os.PathLike) -> Iterator[Path]:
+    """`replacing`, around a `torch.save`, whose report of a full disk is an odd RuntimeError."""
+    with replacing(path) as temporary:
+        try:
+            yield temporary
+        except RuntimeError as error:
+            if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+                raise
+            raise UserError(f"could not write {path}: is the disk full? Make room, run again") from error
+
+
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """Load a file of tensors and JSON types onto the CPU; UserError if it is missing or damaged."""
     if not Path(path).is_file():
@@ -149,13 +161,8 @@ def save_model(
         extra: further tensors and JSON types to keep in the checkpoint.
     """
     write_json(config_path or Path(checkpoint_path).with_name("model_config.json"), model_config)
-    with replacing(checkpoint_path) as temporary:
-        try:
-            torch.save({"state_dict": model.state_dict(), "model_config": model_config, **extra}, temporary)
-        except RuntimeError as error:
-            if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
-                raise
-            raise UserError(f"could not write {checkpoint_path}: is the disk full? Make room, run again") from error
+    with writing_checkpoint(checkpoint_path) as temporary:
+        torch.save({"state_dict": model.state_dict(), "model_config": model_config, **extra}, temporary)
 
 
 def load_model(

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from custom_model import create_custom_model
 from dataset import SimpsonsDataModule
 from src.evaluation import features as room
 from src.evaluation.distances import frechet_distance
 from src.evaluation.reference import write_reference
+from src.evaluation.scoring import Scorer
+from src.images import to_pixels
 from src.utils import UserError
 
 
@@ -135,6 +138,27 @@ def test_missing_networks_and_images_get_one_line(folders, tmp_path, monkeypatch
         room.image_files(folders / "empty")
     with pytest.raises(UserError, match="not empty"):
         write_reference([], folders / "val")
+
+
+def test_scores_in_memory_are_those_of_the_written_folders(folders, faces, tiny_network):
+    model = create_custom_model(unet="small", image_size=32, objective="rectified_flow")
+    device = torch.device("cpu")
+    scorer = Scorer(str(faces), str(faces), 32, 5, str(tiny_network), device, seed=9)
+    scores = scorer(model)
+    assert list(scores) == ["FD[tiny] NFE 1", "FD[tiny] NFE 2", "FD[tiny] NFE 4", "floor", "ratio"]
+
+    module = SimpsonsDataModule(str(faces), transform=to_pixels(32), split_dir=str(faces))
+    write_reference(module.val_ds, folders / "val32")
+    write_reference([module.train_ds[i] for i in (0, 5, 11, 17, 23)], folders / "train32")
+    noise = [torch.Generator().manual_seed(9 + i) for i in range(5)]
+    write_reference(list(model.sample((5, 3, 32, 32), 2, generator=noise)), folders / "two")
+    network = room.load_features(tiny_network, device)
+    a, b, c = (room.folder_features(name, network, device) for name in ("two", "val32", "train32"))
+    assert scores["FD[tiny] NFE 2"] == pytest.approx(frechet_distance(a, b), rel=1e-4)
+    assert scores["floor"] == pytest.approx(frechet_distance(c, b), rel=1e-4)
+    mean = sum(scores[f"FD[tiny] NFE {nfe}"] for nfe in (1, 2, 4)) / 3
+    assert scores["ratio"] == pytest.approx(mean / scores["floor"])
+    assert scorer(model) == scores  # always from the same noise
 
 
 def test_fd_mid_of_real_faces(shared, tmp_path):

@@ -1,13 +1,18 @@
-"""The official base code: verified against its hashes, never written half."""
+"""The official base code, and a run's model on its way to a submission."""
 
 import hashlib
+import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from custom_model import create_custom_model
 from src.submission import base_code
-from src.utils import UserError
+from src.submission.export import export
+from src.utils import UserError, load_model, save_model, write_json
 
 
 @pytest.fixture
@@ -63,3 +68,78 @@ def test_no_official_file_is_ours():
         digest = hashlib.sha256((root / name).read_bytes()).hexdigest()
         empty = hashlib.sha256(b"").hexdigest()
         assert digest == empty or digest != base_code.MANIFEST[name]["sha256"], name
+
+
+@pytest.fixture
+def finished_run(workdir, randomised):
+    """A run's folder with a best and a final model, of the challenge's settings but for a small network."""
+    config = {"objective": "rectified_flow", "unet": "full", "image_size": 64}
+    for seed, name in ((1, "final_model.pt"), (2, "best_model.pt")):
+        model = randomised(create_custom_model(objective="rectified_flow", unet="small"), seed)
+        save_model(model, str(workdir / "run" / name), config, provenance={"step": seed}, training={"optimizer": {}})
+    return workdir / "run"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_export_takes_the_best_model_and_nothing_else(finished_run, workdir, dtype):
+    assert export(finished_run, dtype=dtype).name == "best_model.pt"
+    saved = torch.load(workdir / "checkpoints/best_model.pt", weights_only=True)
+    assert set(saved) == {"state_dict", "provenance"} and saved["provenance"] == {"step": 2}
+    assert {value.dtype for value in saved["state_dict"].values()} == {getattr(torch, dtype)}
+    assert export(finished_run, "final_model.pt").name == "final_model.pt"
+
+    config = json.loads((workdir / "checkpoints/model_config.json").read_text())
+    assert config["unet"] == "full"
+    write_json(workdir / "checkpoints/model_config.json", {**config, "unet": "small"})
+    images = []
+    for path in (workdir / "run/final_model.pt", workdir / "checkpoints/best_model.pt"):
+        model = load_model(str(path), create_custom_model, "cpu", str(workdir / "checkpoints/model_config.json"))
+        images.append(model.sample((2, 3, 64, 64), 4, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(*images)
+
+
+def test_export_refuses_what_no_submission_may_use(finished_run, workdir):
+    with pytest.raises(UserError, match="holds none of best_model.pt"):
+        export(workdir)
+    for name, value in (("unet", "small"), ("image_size", 32)):
+        config = {"objective": "rectified_flow", name: value}
+        write_json(finished_run / "model_config.json", config)
+        with pytest.raises(UserError, match=f"trained with {name}={value!r}"):
+            export(finished_run)
+    assert not (workdir / "checkpoints").exists()
+
+
+def test_official_files_over_ours_give_the_same_images(workdir, randomised, faces, script_env):
+    """Needs `python -m src.submission base-code`; the official files are not ours to commit."""
+    root = base_code.Path(base_code.__file__).resolve().parents[2]
+    if not (root / "base_code").is_dir():
+        pytest.skip("no base_code/: fetch it with `python -m src.submission base-code`")
+    model = randomised(create_custom_model(unet="small"))
+    save_model(model, str(workdir / "run/model.pt"), {"unet": "small", "objective": "shortcut"})
+    trees = {}
+    for name in ("ours", "official"):
+        tree = workdir / name
+        for part in ("custom_model.py", "train.py", "dataset.py", "sampling.py", "measure_fid.py"):
+            tree.mkdir(exist_ok=True)
+            shutil.copyfile(root / part, tree / part)
+        shutil.copytree(root / "src", tree / "src")
+        if name == "official":
+            for part, entry in base_code.MANIFEST.items():
+                if entry["frozen"] and part.endswith(".py"):
+                    shutil.copyfile(root / "base_code" / part, tree / part)
+        commands = [
+            ["sampling.py", "--ckpt_path", "../run/model.pt", "--num_samples", "6", "--batch_size", "4"],
+            ["train.py", "--data_root", str(faces), "--split_dir", str(faces), "--unet", "small", "--batch_size", "4",
+             "--num_iterations", "2", "--save_dir", "trained"],
+        ]  # fmt: skip
+        for command in commands:
+            result = subprocess.run(
+                [sys.executable, *command, "--device", "cpu"], cwd=tree, capture_output=True, text=True,
+                env={**script_env, "PYTHONPATH": str(tree)},
+            )  # fmt: skip
+            assert result.returncode == 0, result.stderr
+        trees[name] = {path.relative_to(tree): path.read_bytes() for path in (tree / "samples").rglob("*.png")}
+        trees[name] |= {"weights": torch.load(tree / "trained/final_model.pt")["state_dict"]["network.head.weight"]}
+    assert len(trees["ours"]) == 19
+    assert torch.equal(trees["ours"].pop("weights"), trees["official"].pop("weights"))
+    assert trees["ours"] == trees["official"]

@@ -8,7 +8,7 @@ import torch.nn as nn
 from custom_model import CustomGenerativeModel, CustomScheduler
 from src.objectives import OBJECTIVES
 from src.training.ema import EMA
-from src.training.engine import accumulate_gradient
+from src.training.engine import Loss, accumulate_gradient
 
 
 class MLP(nn.Module):
@@ -61,15 +61,16 @@ def train_on_mixture(name: str, steps: int = 2000, batch: int = 512, lr: float =
     network = MLP(use_additional_condition=OBJECTIVES[name].needs_condition)
     model = CustomGenerativeModel(network, CustomScheduler(), objective=name)
     ema = EMA(model, decay=0.99)
+    loss_module = Loss(model, ema.model)
     optimizer = torch.optim.Adam(model.parameters(), lr)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
         data = mixture(batch)
-        accumulate_gradient(model, ema.model, data, torch.randn_like(data), step, slices=1, bf16=False)
+        accumulate_gradient(loss_module, data, torch.randn_like(data), model.objective.draw(batch), step)
         optimizer.step()
         optimizer.zero_grad()
-        ema.update(model, step)
+        ema.update(model, step + 1)
     return ema.model
 
 

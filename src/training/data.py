@@ -53,11 +53,12 @@ def batch_indices(count: int, batch_size: int, seed: int, step: int) -> np.ndarr
     return np.array([epochs[p // count][p % count] for p in position.tolist()])
 
 
-def to_batch(images: np.ndarray, indices: np.ndarray, device: torch.device) -> Tensor:
+def to_batch(images: Tensor, indices: np.ndarray) -> Tensor:
     """Gather images, flip each left to right with probability 1/2: float32 [B, 3, H, W] in [-1, 1].
 
-    The flips come from PyTorch's global generator of the CPU.
+    `images` is uint8 [N, 3, H, W], on the device of the result. The flips come from the CPU's global generator.
     """
-    data = torch.from_numpy(images[indices]).to(device).float() / 127.5 - 1
-    flip = (torch.rand(len(data)) < 0.5).to(device)[:, None, None, None]
+    rows = torch.from_numpy(indices).to(images.device, non_blocking=True)
+    flip = (torch.rand(len(rows)) < 0.5).to(images.device, non_blocking=True)[:, None, None, None]
+    data = images[rows].float() / 127.5 - 1
     return torch.where(flip, data.flip(-1), data)

@@ -1,17 +1,19 @@
-"""The exponential moving average of the weights: what is previewed, exported and scored."""
+"""Averages of the weights over training."""
 
 import copy
+from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 
 class EMA:
-    """An averaged copy of `model`, always in eval mode.
+    """An exponentially averaged copy of `model`, always in eval mode: teacher, preview and export.
 
-    Args:
-        decay: weight of the old average at each update. Early on it is min(decay, (1 + n) / (10 + n)) after n
-            updates, so that the initial weights are soon forgotten.
+    Bias-corrected like Adam's moments (arXiv:1412.6980, section 3): after n updates it is the weighted mean of
+    just the n weights it has seen, with weights decay^(n-1), ..., decay, 1; the initial ones do not count.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -20,9 +22,64 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, updates: int) -> None:
-        """Move the average towards `model`, which has been updated `updates` times before this one."""
-        decay = min(self.decay, (1 + updates) / (10 + updates))
-        averages, weights = list(self.model.parameters()), list(model.parameters())
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        """Take in `model`'s weights, as the `updates`-th (from 1)."""
+        new = (1 - self.decay) / (1 - self.decay**updates)
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), new)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
+
+
+class PowerEMA:
+    """Two power-function averages, from which any other length is rebuilt afterwards (arXiv:2312.02696, section 3).
+
+    An average of relative width sigma_rel weighs the weights of step tau <= t by tau^gamma; its width is
+    sigma_rel * t steps, whatever t.
+    """
+
+    SIGMA_RELS = (0.05, 0.10)  # the paper's choice for rebuilding
+
+    def __init__(self, model: nn.Module):
+        self.averages = {
+            str(sigma_rel): {name: p.detach().clone() for name, p in model.named_parameters()}
+            for sigma_rel in self.SIGMA_RELS
+        }
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, updates: int) -> None:
+        """Take in `model`'s weights, as the `updates`-th (from 1)."""
+        weights = list(model.parameters())
+        for sigma_rel, average in self.averages.items():
+            beta = (1 - 1 / updates) ** (gamma_of(float(sigma_rel)) + 1)
+            torch._foreach_lerp_(list(average.values()), weights, 1 - beta)
+
+    def load(self, averages: dict[str, dict[str, Tensor]]) -> None:
+        for sigma_rel, average in averages.items():
+            for name, value in average.items():
+                self.averages[sigma_rel][name].copy_(value)
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent whose power-function average has this relative width: the root of
+    sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1 (arXiv:2312.02696, appendix C)."""
+    t = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
+
+
+def rebuilding_weights(kept: Iterable[tuple[int, float]], step: int, sigma_rel: float) -> np.ndarray:
+    """Least-squares weights of kept averages for the average of width `sigma_rel` at `step`.
+
+    Args:
+        kept: (step, sigma_rel) of each; none later than `step`.
+    Returns: as many weights (arXiv:2312.02696, appendix C).
+    """
+    steps, gammas = (np.array(values, dtype=np.float64) for values in zip(*kept, strict=True))
+    gammas = np.array([gamma_of(sigma) for sigma in gammas])
+    target = np.array([step], dtype=np.float64), np.array([gamma_of(sigma_rel)])
+    products = _profile_products(steps[:, None], gammas[:, None], steps, gammas)
+    return np.linalg.lstsq(products, _profile_products(steps, gammas, *target), rcond=None)[0]
+
+
+def _profile_products(t_a, gamma_a, t_b, gamma_b) -> np.ndarray:
+    """Inner products of the averages' weight profiles over continuous time."""
+    exponent = np.where(t_a < t_b, gamma_b, -gamma_a)
+    return (gamma_a + 1) * (gamma_b + 1) * (t_a / t_b) ** exponent / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))

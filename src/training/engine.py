@@ -3,63 +3,85 @@
 import math
 import signal
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
 from src.objectives.contract import Nets
+from src.training.checkpoints import load_last, save_averages, save_last
 from src.training.data import batch_indices, to_batch
-from src.training.ema import EMA
-from src.training.record import Metrics, plot_curves, provenance, save_previews
-from src.utils import UserError, read_checkpoint, save_model, write_json
+from src.training.distributed import World
+from src.training.ema import EMA, PowerEMA
+from src.training.record import Metrics, RunRecord, early_preview, environment, plot_curves, save_previews
+from src.utils import UserError, save_model, write_json
 
 
 @dataclass
 class Recipe:
-    """How to train. What a resumed run may change is listed in `FREE`.
+    """How to train. A resumed run may change only what `FREE` lists.
 
     Args:
-        batch_size: images of one optimizer step.
+        batch_size: images of one optimizer step, over all processes.
         num_iterations: optimizer steps in all.
-        lr: AdamW's learning rate, after `warmup` steps of linear increase from 0.
-        weight_decay: AdamW's; 0.1 is the shortcut paper's (arXiv:2410.12557, appendix).
+        lr: AdamW's learning rate: linear from 0 over `warmup` steps, then constant, and falling with the square
+            root of the step from `lr_decay_start` on.
         grad_clip: largest norm of the gradient.
         ema_decay: weight of the old average at each step.
-        accumulate: slices a batch is computed in; changes the memory needed, not the gradient.
+        accumulate: slices a process computes its share of a batch in; changes the memory, not the gradient.
         seed: of weights, data order, noise, times and dropout.
-        log_interval, save_interval: in steps.
+        log_interval, save_interval, eval_interval: in steps; eval_interval 0: never.
         max_minutes: stop (and export) after this time; None: never.
     """
 
-    batch_size: int = 32
-    num_iterations: int = 100_000
-    lr: float = 1e-4
+    batch_size: int = 32  # the challenge's
+    num_iterations: int = 100_000  # the challenge's
+    lr: float = 1e-4  # the challenge's, and arXiv:2410.12557's
     warmup: int = 200
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
-    ema_decay: float = 0.999
+    lr_decay_start: int = 50_000  # inverse square root: arXiv:2312.02696
+    beta1: float = 0.9
+    beta2: float = 0.999  # arXiv:1412.6980
+    weight_decay: float = 0.1  # arXiv:2410.12557
+    grad_clip: float = 1.0  # arXiv:2209.03003's code
+    ema_decay: float = 0.999  # arXiv:2410.12557
     accumulate: int = 1
     seed: int = 42
     log_interval: int = 100
     save_interval: int = 10_000
+    eval_interval: int = 0
     max_minutes: float | None = None
 
     def __post_init__(self):
-        for name in ("batch_size", "num_iterations", "accumulate", "log_interval", "save_interval"):
+        for name in ("batch_size", "num_iterations", "lr_decay_start", "accumulate", "log_interval", "save_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch_size % self.accumulate:
-            raise UserError(f"--batch_size {self.batch_size} does not split into {self.accumulate} equal slices")
         if self.seed < 0 or self.lr <= 0 or not 0 <= self.ema_decay < 1:
             raise UserError("--seed must not be negative, --lr must be positive, and --ema_decay in [0, 1)")
 
+    def learning_rate(self, step: int) -> float:
+        """Of the step after `step` steps."""
+        return self.lr * min(1.0, (step + 1) / max(1, self.warmup)) / math.sqrt(max(1.0, step / self.lr_decay_start))
 
-FREE = ("num_iterations", "accumulate", "log_interval", "save_interval", "max_minutes")
+
+FREE = ("num_iterations", "accumulate", "log_interval", "save_interval", "eval_interval", "max_minutes")
+
+
+class Loss(nn.Module):
+    """The objective's loss as a forward pass, which is what DDP synchronises the gradients of."""
+
+    def __init__(self, model: nn.Module, ema: nn.Module):
+        super().__init__()
+        self.model = model
+        self.others = [ema]  # in a list, so that it is no submodule and DDP leaves it alone
+
+    def forward(self, data: Tensor, noise: Tensor, step: int, draw: dict[str, Tensor]):
+        return self.model.objective.loss(Nets(self.model, *self.others), data, noise, step, draw)
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -69,146 +91,229 @@ def has_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def seed_step(seed: int, rank: int, step: int) -> None:
-    """Seed all of a step's randomness from these three alone, so that resuming needs no stored generator."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0]))
+def seed_step(seed: int, step: int, stream: int) -> None:
+    """Seed a step's randomness from these three alone, so that resuming needs no stored generator."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0]))
+
+
+def global_batch(images: Tensor, objective, batch_size: int, seed: int, step: int, world: World):
+    """This process's rows of the step's batch: data, noise [B, 3, H, W], and the objective's draws.
+
+    Every process draws the whole batch's randomness and keeps its own rows, so that their number changes nothing.
+    """
+    seed_step(seed, step, stream=0)
+    data = to_batch(images, batch_indices(len(images), batch_size, seed, step))
+    noise = torch.randn_like(data)
+    draw = objective.draw(batch_size)
+    rows = slice(world.rank * batch_size // world.size, (world.rank + 1) * batch_size // world.size)
+    return data[rows], noise[rows], {name: value[rows] for name, value in draw.items()}
 
 
 def accumulate_gradient(
-    model, ema, data: Tensor, noise: Tensor, step: int, slices: int, bf16: bool
+    loss_module: nn.Module,
+    data: Tensor,
+    noise: Tensor,
+    draw: dict[str, Tensor],
+    step: int,
+    slices: int = 1,
+    bf16: bool = False,
+    world: World = World(),  # noqa: B008 (an immutable tuple)
 ) -> dict[str, list[Tensor]]:
-    """Add the gradient of the batch's mean loss to `model`'s, computed slice by slice.
+    """Add the gradient of the batch's mean loss to the model's, computed slice by slice.
 
-    Returns: the per-sample losses ("loss") and the objective's logs, a list of 1-d tensors for each.
+    Returns: this process's per-sample losses ("loss") and the objective's logs, a list of 1-d tensors for each.
     """
-    objective = model.objective
-    draw = objective.draw(len(data))
-    logs = {}
-    for rows in torch.arange(len(data)).chunk(slices):
-        rows = slice(int(rows[0]), int(rows[-1]) + 1)
-        part = {name: value[rows] for name, value in draw.items()}
-        with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16):
-            loss, parts = objective.loss(Nets(student=model, ema=ema), data[rows], noise[rows], step, part)
-        (loss.sum() / len(data)).backward()
+    logs: dict[str, list[Tensor]] = {}
+    size = len(data) // slices
+    for i in range(slices):
+        rows = slice(i * size, (i + 1) * size)
+        with world.synchronised(loss_module, i == slices - 1):
+            with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16):
+                part = {name: value[rows] for name, value in draw.items()}
+                loss, parts = loss_module(data[rows], noise[rows], step, part)
+            (loss.sum() / len(data)).backward()  # DDP averages over processes of equal shares
         for name, value in {"loss": loss.detach(), **parts}.items():
             logs.setdefault(name, []).append(value)
     return logs
 
 
+class Training:
+    """The state of a run, and its one step.
+
+    Args:
+        images: uint8 [N, 3, H, W]; kept whole on the model's device.
+    """
+
+    def __init__(self, model, images: np.ndarray, recipe: Recipe, world: World = World()):  # noqa: B008
+        if recipe.batch_size % (world.size * recipe.accumulate):
+            raise UserError(
+                f"--batch_size {recipe.batch_size} does not split into {recipe.accumulate} equal slices for each of "
+                f"{world.size} processes"
+            )
+        batch_indices(len(images), recipe.batch_size, recipe.seed, 0)  # refuses a data set smaller than a batch
+        self.model, self.recipe, self.world = model.train(), recipe, world
+        self.bf16 = has_bf16(model.device)
+        self.images = torch.from_numpy(images).to(model.device)
+        on_gpu = model.device.type == "cuda"
+        if on_gpu:  # slower on CPUs
+            model.network.to(memory_format=torch.channels_last)
+        self.ema, self.power_ema = EMA(model, recipe.ema_decay), PowerEMA(model)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
+        )
+        self.steps = 0
+        if on_gpu:
+            model.network.compile()  # in place: state-dict keys stay
+        self.loss_module = world.wrap(Loss(model, self.ema.model))
+
+    def step(self) -> tuple[dict[str, list[Tensor]], Tensor]:
+        """One optimizer step, nothing of which waits for the device.
+
+        Returns: the losses and logs of `accumulate_gradient`, and the gradient's norm before clipping.
+        """
+        recipe, world = self.recipe, self.world
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate(self.steps)
+        batch = global_batch(self.images, self.model.objective, recipe.batch_size, recipe.seed, self.steps, world)
+        seed_step(recipe.seed, self.steps, stream=1 + world.rank)  # for dropout
+        logs = accumulate_gradient(self.loss_module, *batch, self.steps, recipe.accumulate, self.bf16, world)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        self.ema.update(self.model, self.steps)
+        self.power_ema.update(self.model, self.steps)
+        return logs, norm
+
+    def state(self) -> dict:
+        """What a resumed run needs, beside the EMA."""
+        return {
+            "step": self.steps,
+            "student": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "power_ema": self.power_ema.averages,
+        }
+
+    def restore(self, checkpoint: dict) -> None:
+        """Go on from a checkpoint of `save_last`."""
+        state = checkpoint["training"]
+        self.model.load_state_dict(state["student"])
+        self.ema.model.load_state_dict(checkpoint["state_dict"])
+        self.power_ema.load(state["power_ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["step"]
+
+
 def train(
-    model, model_config: dict, images: np.ndarray, data_hash: str, recipe: Recipe, save_dir: Path, arguments: dict
+    model,
+    model_config: dict,
+    images: np.ndarray,
+    data_hash: str,
+    recipe: Recipe,
+    save_dir: Path,
+    arguments: dict,
+    world: World = World(),  # noqa: B008
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
 ) -> None:
     """Train `model` on uint8 `images` [N, 3, H, W]; go on from `save_dir`/last.ckpt if it is there.
 
     Writes checkpoints (the EMA's weights), `model_config.json` (what rebuilds the model), `training_config.json`
-    (`arguments`), previews, metrics and curves.
-    Raises: UserError if the loss is no longer finite, the run is stopped by a signal (after saving), or `last.ckpt`
-        belongs to another run (which is left as it is).
+    (`arguments`), `run.json`, previews, metrics and curves.
+
+    Args:
+        world: this process among several; the first one writes.
+        evaluate: scores a model every `eval_interval` steps: numbers to log, among them "ratio", the lower the
+            better; the best so far is kept as `best_model.pt`.
+    Raises: UserError if the loss is no longer finite, the run is stopped by a signal (after saving), or the
+        checkpoints in `save_dir` are damaged or another run's (which is left as it is).
     """
-    device = model.device
-    bf16 = has_bf16(device)
-    batch_indices(len(images), recipe.batch_size, recipe.seed, 0)  # refuses a data set smaller than a batch
-    ema = EMA(model, recipe.ema_decay)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    identity = {"model": model_config, "data": data_hash} | {
-        name: value for name, value in asdict(recipe).items() if name not in FREE
-    }
-    last = save_dir / "last.ckpt"
-    start = _resume(last, model, ema, optimizer, identity) if last.exists() else 0
-    write_json(save_dir / "training_config.json", arguments)
-    write_json(save_dir / "model_config.json", model_config)
-    metrics = Metrics(save_dir / "metrics.jsonl", start)
-    origin = provenance(device, seed=recipe.seed, data=data_hash, images=len(images), bf16=bf16)
+    training = Training(model, images, recipe, world)
+    settings = {name: value for name, value in asdict(recipe).items() if name not in FREE}
+    identity = {"model": model_config, "data": data_hash, **settings}
+    checkpoint = world.from_rank_0(lambda: load_last(save_dir, identity))
+    best = checkpoint["training"]["best"] if checkpoint else math.inf
+    if checkpoint:
+        training.restore(checkpoint)
+        del checkpoint
 
-    def save(step: int, *exports: str) -> None:
-        facts = {"provenance": {**origin, "step": step}}
-        for name in exports:
-            save_model(ema.model, save_dir / name, model_config, **facts)
-        state = {"step": step, "student": model.state_dict(), "optimizer": optimizer.state_dict(), "identity": identity}
-        save_model(ema.model, last, model_config, training=state, **facts)
+    device, start, first, average = model.device, training.steps, world.rank == 0, training.ema.model
+    facts = {"seed": recipe.seed, "data": {"hash": data_hash, "images": len(images)}, "bf16": training.bf16}
+    if first:
+        write_json(save_dir / "training_config.json", arguments)
+        write_json(save_dir / "model_config.json", model_config)
+        metrics = Metrics(save_dir / "metrics.jsonl", start)
+        described = {"arguments": arguments, "model_config": model_config, **facts}
+        record = RunRecord(save_dir / "run.json", start, device, world.size, described)
+    origin = {**environment(device), **facts}
+
+    def export(*names: str) -> None:
+        for name in names:
+            save_model(average, save_dir / name, model_config, provenance={**origin, "step": training.steps})
+
+    def save() -> None:
+        save_averages(save_dir, training.steps, training.power_ema.averages)
+        state = {**training.state(), "best": best, "identity": identity}
+        save_last(save_dir, average, model_config, training=state, provenance={**origin, "step": training.steps})
         plot_curves(metrics.rows, save_dir / "training_curves.png")
+        record.write(training.steps, recipe.batch_size)
 
-    model.train()
     logs: dict[str, list[Tensor]] = {}
     step = interval_start = start
     began = interval_began = time.monotonic()
-    with (
-        _stop_signals() as stop_received,
-        tqdm(total=recipe.num_iterations, initial=start, desc="training") as progress,
-    ):
+    progress = tqdm(total=recipe.num_iterations, initial=start, desc="training", disable=not first)
+    with _stop_signals() as stop_received, progress:
         finished = stopped = False
         while not (finished or stopped):
             if step < recipe.num_iterations:
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.lr * min(1.0, (step + 1) / max(1, recipe.warmup))
-                seed_step(recipe.seed, 0, step)
-                data = to_batch(images, batch_indices(len(images), recipe.batch_size, recipe.seed, step), device)
-                noise = torch.randn_like(data)
-                parts = accumulate_gradient(model, ema.model, data, noise, step, recipe.accumulate, bf16)
+                parts, norm = training.step()
+                step = training.steps
                 for name, values in parts.items():
                     logs.setdefault(name, []).extend(values)
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                ema.update(model, step)
-                step += 1
 
-            out_of_time = recipe.max_minutes is not None and time.monotonic() - began > 60 * recipe.max_minutes
-            finished = step >= recipe.num_iterations or out_of_time
-            stopped = stop_received()
-            saving = finished or stopped or step % recipe.save_interval == 0
-            if logs and (saving or step % recipe.log_interval == 0):
-                row = _means(logs) | {"gradient_norm": norm.item()}
+            logging = step % recipe.log_interval == 0
+            finished = step >= recipe.num_iterations
+            if world.size == 1 or logging or finished:  # processes agree only as often as they log
+                late = recipe.max_minutes is not None and time.monotonic() - began > 60 * recipe.max_minutes
+                finished = finished or world.any(late, device)
+                stopped = world.any(stop_received(), device)
+            at_interval = finished or step % recipe.save_interval == 0
+            if logs and (logging or at_interval or stopped):
+                row = {name: world.mean(torch.cat(values), device) for name, values in logs.items()}
+                row["gradient_norm"] = norm.item()
                 if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
+                    last = save_dir / "last.ckpt"
                     kept = f"{last} is still good" if last.exists() else "nothing was saved yet"
                     raise UserError(
                         f"the loss or its gradient is not finite around iteration {step}; {kept}; "
                         "start again with a lower --lr in a new --save_dir"
                     )
                 speed = (step - interval_start) * recipe.batch_size / (time.monotonic() - interval_began)
-                row |= {"lr": optimizer.param_groups[0]["lr"], "images_per_second": speed}
-                metrics.add({"step": step, "images": step * recipe.batch_size, **row})
+                row |= {"lr": recipe.learning_rate(step - 1), "images_per_second": speed}
+                if first:
+                    metrics.add({"step": step, "images": step * recipe.batch_size, **row})
                 progress.update(step - progress.n)
                 progress.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{speed:.1f}")
                 logs, interval_start = {}, step
-            if saving:
-                at_interval = finished or step % recipe.save_interval == 0
-                save(step, *[f"checkpoint_iter_{step}.pt"] * at_interval, *["final_model.pt"] * finished)
+            if first and evaluate and (finished or step % recipe.eval_interval == 0):
+                scores = evaluate(average)
+                metrics.add({"step": step, **scores})
+                if scores["ratio"] < best:
+                    best = scores["ratio"]
+                    export("best_model.pt")
+            if first and (at_interval or stopped):
                 if at_interval:
-                    save_previews(ema.model, save_dir, step, recipe.seed)
+                    export(f"checkpoint_iter_{step}.pt", *["final_model.pt"] * finished)
+                save()
+            if first and (at_interval or early_preview(step)):
+                save_previews(average, save_dir, step, recipe.seed)
             if step == interval_start:  # the time that saving took is not training time
                 interval_began = time.monotonic()
     if not finished:
-        raise UserError(
-            f"stopped at iteration {step}, all saved: go on with the same command and --save_dir {save_dir}"
-        )
-
-
-def _means(logs: dict[str, list[Tensor]]) -> dict[str, float | None]:
-    joined = {name: torch.cat(values) for name, values in logs.items()}
-    return {name: values.mean().item() if len(values) else None for name, values in joined.items()}
-
-
-def _resume(last: Path, model, ema: EMA, optimizer, identity: dict) -> int:
-    checkpoint = read_checkpoint(last)
-    if "training" not in checkpoint:
-        raise UserError(f"{last} holds a model but no training state: choose another --save_dir")
-    state = checkpoint["training"]
-    changed = [
-        f"{name} was {state['identity'].get(name)!r} and is now {value!r}"
-        for name, value in identity.items()
-        if state["identity"].get(name) != value
-    ]
-    if changed:
-        raise UserError(f"{last} belongs to another run ({'; '.join(changed)}): choose another --save_dir")
-    model.load_state_dict(state["student"])
-    ema.model.load_state_dict(checkpoint["state_dict"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+        raise UserError(f"stopped at iteration {step} and saved: the same command with --save_dir {save_dir} goes on")
 
 
 @contextmanager
-def _stop_signals():
+def _stop_signals() -> Iterator[Callable[[], bool]]:
     """Yield a function that tells whether SIGINT or SIGTERM has come, so that the loop can save first."""
     received = []
     note = lambda number, frame: received.append(number)  # noqa: E731

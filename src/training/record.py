@@ -1,15 +1,18 @@
-"""What a run leaves behind besides weights: provenance, metrics, curves, previews."""
+"""What a run leaves behind besides weights: its record, metrics, curves, previews."""
 
 import json
 import platform
 import subprocess
+import sys
+import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
 
-from src.utils import labelled_grid, replacing, tensor_to_pil_image
+from src.utils import labelled_grid, replacing, tensor_to_pil_image, write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -17,18 +20,59 @@ import matplotlib.pyplot as plt  # noqa: E402
 PREVIEW_NFES = (1, 2, 4)
 
 
-def provenance(device: torch.device, **facts) -> dict:
-    """Which code, environment and device made a checkpoint, and whatever else is given."""
+def environment(device: torch.device) -> dict:
+    """Which code, package versions and chip are at work."""
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        git = ["git", "-C", str(Path(__file__).parent)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-        commit += "-dirty" if dirty else ""
+        clean = not subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"commit": commit, **versions, "device": f"{device.type} ({chip})", **facts}
+        commit, clean = "unknown", False
+    return {
+        "commit": commit,
+        "clean_tree": clean,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "device": device.type,
+        "chip": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+    }
+
+
+class RunRecord:
+    """`run.json`: what was run, on what, and for how long, over all the sessions of a run.
+
+    Args:
+        facts: what holds for the whole run; of a resumed one, the newest.
+    """
+
+    def __init__(self, path: Path, step: int, device: torch.device, processes: int, facts: dict):
+        self.path = path
+        earlier = json.loads(path.read_text())["sessions"] if step and path.exists() else []
+        # A session that was killed has trained steps that are trained again: they count in its time alone.
+        session = {
+            "command": sys.argv,
+            "environment": environment(device),
+            "processes": processes,
+            "started": _now(),
+            "ended": _now(),
+            "first_step": step,
+            "last_step": step,
+            "seconds": 0.0,
+        }
+        self.content = {**facts, "sessions": [*earlier, session]}
+        self.began = time.monotonic()
+
+    def write(self, step: int, batch_size: int) -> None:
+        session = self.content["sessions"][-1]
+        session |= {"ended": _now(), "last_step": step, "seconds": round(time.monotonic() - self.began, 1)}
+        seconds = [one["seconds"] * one["processes"] for one in self.content["sessions"]]
+        self.content |= {"iterations": step, "images_seen": step * batch_size, "device_hours": sum(seconds) / 3600}
+        write_json(self.path, self.content)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 class Metrics:
@@ -54,12 +98,18 @@ def _parsed(line: str) -> dict | None:
         return None
 
 
+def early_preview(step: int) -> bool:
+    """Whether `step` is one of 100, 200, 400, 800, ...: the write-up shows early training."""
+    return step >= 100 and step % 100 == 0 and (step // 100).bit_count() == 1
+
+
 def plot_curves(rows: list[dict], path: Path) -> None:
     """The loss and its parts against the iteration, raw (faint) and smoothed."""
-    if not rows:
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith("loss"))
+    if not names:
         return
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    for name in [key for key in rows[-1] if key.startswith("loss")]:
+    for name in names:
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if not points:
             continue

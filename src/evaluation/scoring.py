@@ -1,0 +1,85 @@
+"""Scores of a model in memory: what training watches."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from cleanfid.resize import build_resizer
+from PIL import Image
+
+from src.evaluation.distances import frechet_distance
+from src.evaluation.features import CACHE, Features, load_features, official_inception
+from src.images import read_rgb, split_paths, to_pixels
+from src.utils import replacing, tensor_to_pil_image
+
+NFES = (1, 2, 4)
+
+
+def image_features(images: Sequence[Image.Image], features: Features, device: torch.device, batch_size: int = 64):
+    """Features of RGB images, resized as clean-fid does, [N, D]."""
+    resize = build_resizer("clean")
+    found = []
+    for start in range(0, len(images), batch_size):
+        pixels = np.stack([resize(np.array(image)) for image in images[start : start + batch_size]])
+        with torch.no_grad():
+            found.append(features.network(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)).cpu().numpy())
+    return np.concatenate(found)
+
+
+class Scorer:
+    """Fréchet distances of a model's samples at NFE 1, 2 and 4 to the validation images, and to the floor.
+
+    Args:
+        count: samples for each NFE, always from the same noise, and training images for the floor.
+        features_path: a TorchScript network; None: the official one, for the FID.
+    """
+
+    def __init__(
+        self,
+        data_root: str,
+        split_dir: str,
+        size: int,
+        count: int,
+        features_path: str | None,
+        device: torch.device,
+        seed: int,
+    ):
+        self.features = load_features(features_path or official_inception(), device)
+        self.device, self.count, self.seed = device, count, seed
+        train, val = (self._split(data_root, split_dir, split, size) for split in ("train", "val"))
+        self.reference = self._cached(val)
+        chosen = np.linspace(0, len(train) - 1, min(count, len(train))).astype(int)
+        self.floor = frechet_distance(self._cached([train[i] for i in chosen]), self.reference)
+
+    def __call__(self, model) -> dict[str, float]:
+        """The distance at each NFE, and "ratio": their mean as a multiple of the floor."""
+        distances = {}
+        for nfe in NFES:
+            images = []
+            for start in range(0, self.count, 64):
+                ids = range(start, min(start + 64, self.count))
+                noise = [torch.Generator().manual_seed(self.seed + i) for i in ids]
+                shape = (len(ids), 3, model.image_size, model.image_size)
+                images += tensor_to_pil_image(model.sample(shape, nfe, generator=noise))
+            found = image_features(images, self.features, self.device)
+            distances[nfe] = frechet_distance(found, self.reference)
+        named = {f"{self.features.distance} NFE {nfe}": distance for nfe, distance in distances.items()}
+        return {**named, "floor": self.floor, "ratio": sum(distances.values()) / len(NFES) / self.floor}
+
+    @staticmethod
+    def _split(data_root: str, split_dir: str, split: str, size: int) -> list[Image.Image]:
+        pixels = to_pixels(size)
+        return [tensor_to_pil_image(pixels(read_rgb(path))) for path in split_paths(data_root, split, split_dir)]
+
+    def _cached(self, images: list[Image.Image]) -> np.ndarray:
+        digest = hashlib.sha256(self.features.key.encode())
+        for image in images:
+            digest.update(image.tobytes())
+        path = Path(CACHE) / f"features-{digest.hexdigest()[:16]}.npy"
+        if not path.is_file():
+            found = image_features(images, self.features, self.device)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.save(file, found)
+        return np.load(path)

@@ -1,0 +1,42 @@
+"""Put a run's chosen model where the challenge's scripts, and a submission, look for it."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from src.utils import UserError, read_checkpoint, write_json, writing_checkpoint
+
+TARGET = Path("checkpoints/best_model.pt")
+CHOICES = ("best_model.pt", "final_model.pt", "last.ckpt")  # the first that a run has
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+FORBIDDEN = {"unet": "small", "image_size": 32}
+
+
+def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", target: Path = TARGET) -> Path:
+    """Write the weights of one of a run's checkpoints, and the config beside them; nothing else of the run.
+
+    Args:
+        run: a folder that train.py wrote.
+        checkpoint: a file in it; None: the best by score, else the final, else the last one.
+        dtype: float16 halves the file; loading copies it into a float32 model.
+    Returns: the checkpoint that was taken.
+    Raises: UserError if there is none, or its network is not the challenge's.
+    """
+    names = [checkpoint] if checkpoint else [name for name in CHOICES if (run / name).is_file()]
+    if not names:
+        raise UserError(f"{run} holds none of {', '.join(CHOICES)}: is it a folder that train.py wrote?")
+    source = run / names[0]
+    saved = read_checkpoint(source)
+    try:
+        config = json.loads((run / "model_config.json").read_text())
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{run / 'model_config.json'} is missing or no JSON: {error}") from None
+    for name, value in FORBIDDEN.items():
+        if config.get(name) == value:
+            raise UserError(f"{source} was trained with {name}={value!r}, which no submission may use")
+    state = {name: value.to(DTYPES[dtype]) for name, value in saved["state_dict"].items()}
+    with writing_checkpoint(target) as temporary:
+        torch.save({"state_dict": state, "provenance": saved.get("provenance", {})}, temporary)
+    write_json(target.with_name("model_config.json"), config)
+    return source

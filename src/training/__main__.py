@@ -1,0 +1,54 @@
+"""python -m src.training ema RUN: rebuild an average of another length from the ones a run kept."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from src.training.ema import rebuilding_weights
+from src.utils import UserError, one_line_errors, read_checkpoint, writing_checkpoint
+
+
+def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict[str, torch.Tensor]]:
+    """The average of relative width `sigma_rel` at `step` (None: the last kept), as float32 weights.
+
+    Raises: UserError if the run kept no averages, or the width is outside of what they can tell.
+    """
+    if not 0.01 <= sigma_rel <= 0.25:
+        raise UserError(f"--sigma_rel must lie between 0.01 and 0.25, got {sigma_rel}")
+    steps = sorted(int(path.stem) for path in (run / "averages").glob("*.pt"))
+    step = step or (steps[-1] if steps else 0)
+    steps = [kept for kept in steps if kept <= step]
+    if not steps or steps[-1] != step:
+        raise UserError(f"{run}/averages holds none of step {step}: its steps are {steps or 'none'}")
+    files = [read_checkpoint(run / f"averages/{kept}.pt") for kept in steps]
+    kept = [(file["step"], float(sigma), average) for file in files for sigma, average in file["averages"].items()]
+    weights = rebuilding_weights([(at, sigma) for at, sigma, _ in kept], step, sigma_rel)
+    names = kept[0][2]
+    return step, {
+        name: sum(float(w) * average[name].float() for w, (_, _, average) in zip(weights, kept, strict=True))
+        for name in names
+    }
+
+
+def main() -> None:
+    root = argparse.ArgumentParser(prog="python -m src.training")
+    commands = root.add_subparsers(required=True, metavar="command")
+    parser = commands.add_parser("ema", help="rebuild an average of the weights of another length")
+    parser.add_argument("run_dir", type=Path, help="a folder that train.py wrote")
+    parser.add_argument("--sigma_rel", type=float, required=True, help="width as a share of the training so far")
+    parser.add_argument("--step", type=int, help="one that the run saved at; left out, the last")
+    args = root.parse_args()
+
+    step, state = rebuild(args.run_dir, args.sigma_rel, args.step)
+    target = args.run_dir / f"ema_{step}_{args.sigma_rel:g}.pt"
+    config = json.loads((args.run_dir / "model_config.json").read_text())
+    with writing_checkpoint(target) as temporary:
+        torch.save({"state_dict": state, "model_config": config, "sigma_rel": args.sigma_rel, "step": step}, temporary)
+    print(f"{target}: python sampling.py --ckpt_path {target}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

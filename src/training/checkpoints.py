@@ -1,0 +1,70 @@
+"""What a run saves to go on from, and how it goes on."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from src.utils import UserError, read_checkpoint, save_model, writing_checkpoint
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+def save_last(save_dir: Path, model: nn.Module, model_config: dict, **state) -> None:
+    """Write `last.ckpt` and keep the one before it: whenever the process dies, one of the two is whole."""
+    following = save_dir / "next.ckpt"
+    save_model(model, following, model_config, **state)
+    if (save_dir / LAST).exists():
+        os.replace(save_dir / LAST, save_dir / PREVIOUS)
+    os.replace(following, save_dir / LAST)
+
+
+def load_last(save_dir: Path, identity: dict) -> dict | None:
+    """The newest good checkpoint of a run, or None if there is none at all.
+
+    Args:
+        identity: the settings that make a run this run.
+    Raises: UserError if all checkpoints are damaged or foreign, or belong to a run with other settings.
+    """
+    paths = [save_dir / name for name in (LAST, PREVIOUS) if (save_dir / name).exists()]
+    faults = []
+    for path in paths:
+        try:
+            checkpoint = _training_checkpoint(path)
+        except UserError as fault:
+            faults.append(str(fault))
+            continue
+        _refuse_changes(path, checkpoint["training"]["identity"], identity)
+        for fault in faults:
+            print(f"warning: {fault}; going on from {path} instead", file=sys.stderr)
+        return checkpoint
+    if faults:
+        raise UserError(f"{'; '.join(faults)}: nothing to go on from, choose another --save_dir")
+    return None
+
+
+def _training_checkpoint(path: Path) -> dict:
+    checkpoint = read_checkpoint(path)
+    if "identity" not in checkpoint.get("training", {}):
+        raise UserError(f"{path} holds no training state of this project")
+    return checkpoint
+
+
+def _refuse_changes(path: Path, before: dict, now: dict) -> None:
+    changed = [
+        f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise UserError(f"{path} belongs to another run ({'; '.join(changed)}): choose another --save_dir")
+
+
+def save_averages(save_dir: Path, step: int, averages: dict[str, dict[str, Tensor]]) -> None:
+    """Keep the power-function averages of this step in half precision, for `python -m src.training ema`."""
+    halves = {width: {name: value.half() for name, value in average.items()} for width, average in averages.items()}
+    with writing_checkpoint(save_dir / f"averages/{step}.pt") as temporary:
+        torch.save({"step": step, "averages": halves}, temporary)

@@ -1,0 +1,92 @@
+"""Several processes under `torchrun`, or one: the engine asks the same questions of both."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from src.utils import pick_device
+
+
+class World(NamedTuple):
+    """This process among `size` of them. Only rank 0 writes and prints."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Synchronise gradients through the module's forward pass; with one process, the module itself."""
+        # Without device_ids: the inputs stay where the engine put them, the objectives' draws on the CPU.
+        return DistributedDataParallel(module) if self.size > 1 else module
+
+    def synchronised(self, module: nn.Module, last: bool):
+        """Around one slice of a batch: only the last slice's backward pass exchanges gradients."""
+        return nullcontext() if last or self.size == 1 else module.no_sync()
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is up on any process. All processes must ask together."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(float(flag), device=device)
+        dist.all_reduce(flags)
+        return flags.item() > 0
+
+    def mean(self, values: Tensor, device: torch.device) -> float | None:
+        """Mean of 1-d tensors of any length over all processes; None if all are empty."""
+        total = torch.stack([values.sum().double(), torch.tensor(len(values), device=values.device).double()])
+        if self.size > 1:
+            total = total.to(device)
+            dist.all_reduce(total)
+        total, count = total.tolist()
+        return total / count if count else None
+
+    def from_rank_0(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns on rank 0, on every process; an error there is raised on all."""
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = make()
+            except Exception as error:
+                box[1] = error
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    @contextmanager
+    def one_a_machine_first(self) -> Iterator[None]:
+        """Run the body on one process of each machine before the others, which then find its files."""
+        if self.size > 1 and self.local_rank > 0:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.local_rank == 0:
+            dist.barrier()
+
+
+@contextmanager
+def joined(device_name: str) -> Iterator[tuple[World, torch.device]]:
+    """Join the other processes if `torchrun` started this one (gloo on CPUs, NCCL on GPUs).
+
+    Yields this process's place among them and its device: under torchrun the GPU of its local rank.
+    """
+    device = pick_device(device_name)
+    if "RANK" not in os.environ:
+        yield World(), device
+        return
+    world = World(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    if device.type == "cuda":
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield world, device
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,65 @@
+"""Several processes through torchrun (gloo on the CPU)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.training.distributed import World
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def torchrun(processes, cwd, env, script, *args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    result = subprocess.run(
+        [*command, str(script), *map(str, args)], cwd=cwd, env={**env, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    return result
+
+
+def test_two_processes_give_the_gradient_of_one(faces, workdir, script_env):
+    for processes in (1, 2):
+        result = torchrun(processes, workdir, script_env, ROOT / "tests/ddp_worker.py", faces, workdir)
+        assert result.returncode == 0, result.stderr
+    one, left, right = (torch.load(workdir / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert torch.equal(left["gradient"], right["gradient"])
+    difference = (one["gradient"] - left["gradient"]).norm() / one["gradient"].norm()
+    assert difference < 1e-5, f"{difference:.1e}"
+    assert one["loss"] == pytest.approx(left["loss"], rel=1e-5) and left["loss"] == right["loss"]
+    assert torch.equal(one["noise"], torch.cat([left["noise"], right["noise"]]))
+    assert torch.equal(one["data"], torch.cat([left["data"], right["data"]]))
+    assert not torch.equal(left["noise"], right["noise"])
+
+
+def test_two_processes_train_and_one_goes_on(faces, workdir, script_env):
+    flags = ["--data_root", faces, "--split_dir", faces, "--unet", "small", "--image_size", "32", "--device", "cpu",
+             "--batch_size", "8", "--save_dir", "run", "--log_interval", "1"]  # fmt: skip
+    result = torchrun(2, workdir, script_env, ROOT / "train.py", *flags, "--num_iterations", "3")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("2 x cpu") == 1  # only one process talks
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *map(str, flags), "--num_iterations", "5"],
+        cwd=workdir, env=script_env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line)["step"] for line in (workdir / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows == [1, 2, 3, 4, 5]
+    sessions = json.loads((workdir / "run/run.json").read_text())["sessions"]
+    assert [(one["processes"], one["first_step"], one["last_step"]) for one in sessions] == [(2, 0, 3), (1, 3, 5)]
+
+    result = torchrun(2, workdir, script_env, ROOT / "train.py", *flags, "--num_iterations", "6", "--accumulate", "3")
+    assert result.returncode != 0 and "3 equal slices for each of 2 processes" in result.stderr
+
+
+def test_one_process_needs_no_group():
+    world, cpu = World(), torch.device("cpu")
+    assert world.any(True, cpu) and not world.any(False, cpu)
+    assert world.mean(torch.tensor([1.0, 3.0]), cpu) == 2 and world.mean(torch.zeros(0), cpu) is None
+    assert world.from_rank_0(lambda: "made") == "made"
+    with pytest.raises(ZeroDivisionError):
+        world.from_rank_0(lambda: 1 / 0)

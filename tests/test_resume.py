@@ -1,0 +1,142 @@
+"""None of the training is lost: killed runs, damaged checkpoints, averages of the weights."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from custom_model import create_custom_model
+from src.training.__main__ import rebuild
+from src.training.data import load_images
+from src.training.ema import PowerEMA, gamma_of
+from src.training.engine import Recipe, train
+from src.utils import UserError
+
+STEPS = 120
+
+
+def run(faces: str, save_dir: str, steps: int = STEPS) -> None:
+    """Train the small network for a few steps, saving so often that kills hit saves too."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    images, key = load_images(faces, faces, 32)
+    model = create_custom_model(objective="shortcut", unet="small", image_size=32)
+    recipe = Recipe(batch_size=4, num_iterations=steps, lr=1e-3, warmup=2, log_interval=1, save_interval=5)
+    train(model, {"objective": "shortcut"}, images, key, recipe, Path(save_dir), {})
+
+
+def tensors(tree) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    return [t for value in (tree.values() if isinstance(tree, dict) else []) for t in tensors(value)]
+
+
+def test_runs_killed_twenty_times_end_bitwise_equal_to_one_never_killed(faces, workdir):
+    context = multiprocessing.get_context("forkserver")  # a fresh process each time, without the import's seconds
+    context.set_forkserver_preload(["src.training.engine", "custom_model", "test_resume"])
+    metrics = workdir / "killed/metrics.jsonl"
+
+    def start(folder):
+        process = context.Process(target=run, args=(str(faces), str(workdir / folder)))
+        process.start()
+        return process
+
+    def lines():
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    whole = start("whole")
+    whole.join(300)
+    assert whole.exitcode == 0
+
+    chance = random.Random(0)
+    kills = 0
+    while kills < 20:
+        before, process = lines(), start("killed")
+        while process.exitcode is None and lines() == before:  # a resumed run first drops the lines it will redo
+            time.sleep(0.005)
+        process.join(chance.uniform(0, 1.2))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        else:  # finished before twenty kills: start over
+            assert process.exitcode == 0
+            for path in (workdir / "killed").glob("*.ckpt"):
+                path.unlink()
+        process.join()
+    last = start("killed")
+    last.join(300)
+    assert last.exitcode == 0
+
+    expected, found = (torch.load(workdir / name / "last.ckpt", weights_only=True) for name in ("whole", "killed"))
+    pairs = list(zip(tensors(expected), tensors(found), strict=True))
+    assert len(pairs) > 500 and all(torch.equal(a, b) for a, b in pairs)
+    rows = [[json.loads(x)["loss"] for x in (workdir / name / "metrics.jsonl").read_text().splitlines()]
+            for name in ("whole", "killed")]  # fmt: skip
+    assert rows[0] == rows[1] and len(rows[0]) == STEPS
+    sessions = json.loads((workdir / "killed/run.json").read_text())["sessions"]
+    print(f"{kills} kills; sessions that reached a save: {[one['last_step'] for one in sessions]}")
+
+
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(faces, workdir, capsys):
+    run(str(faces), "run", 10)
+    last = workdir / "run/last.ckpt"
+    for damage in (lambda: last.write_bytes(last.read_bytes()[:5000]), lambda: torch.save({"state_dict": {}}, last)):
+        damage()
+        run(str(faces), "run", 12)
+        warning = capsys.readouterr().err
+        assert "last.ckpt" in warning and "going on from run/previous.ckpt instead" in warning
+        assert torch.load(last, weights_only=True)["training"]["step"] == 12
+    for name in ("last.ckpt", "previous.ckpt"):
+        (workdir / "run" / name).write_bytes(b"")
+    with pytest.raises(UserError, match="last.ckpt.*previous.ckpt.*nothing to go on from"):
+        run(str(faces), "run", 12)
+
+
+def test_power_function_average_has_its_width():
+    """The average of the step numbers themselves has the mean and the width that gamma prescribes."""
+    for sigma_rel in (0.05, 0.1, 0.25):
+        gamma = gamma_of(sigma_rel)
+        tau = (np.arange(200_000) + 0.5) / 200_000
+        weight = tau**gamma / (tau**gamma).sum()
+        mean = (weight * tau).sum()
+        assert np.sqrt((weight * (tau - mean) ** 2).sum()) == pytest.approx(sigma_rel, rel=1e-3)
+
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = PowerEMA(model)
+    for step in range(1, 2001):
+        torch.nn.init.constant_(model.weight, step)
+        ema.update(model, step)
+    for sigma_rel, average in ema.averages.items():
+        gamma = gamma_of(float(sigma_rel))
+        assert average["weight"].item() == pytest.approx(2000 * (gamma + 1) / (gamma + 2), rel=2e-3)
+
+
+def test_any_length_is_rebuilt_from_the_kept_averages(tmp_path):
+    """Against an average of that length kept all along, of weights that wander."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(40, 1, bias=False)
+    ema, target = PowerEMA(model), PowerEMA(model)
+    target.averages = {"0.07": {"weight": model.weight.detach().clone()}}
+    (tmp_path / "averages").mkdir()
+    for step in range(1, 1601):
+        with torch.no_grad():
+            model.weight += 0.1 * torch.randn_like(model.weight)
+        ema.update(model, step)
+        target.update(model, step)
+        if step % 100 == 0:
+            halves = {s: {name: value.half() for name, value in a.items()} for s, a in ema.averages.items()}
+            torch.save({"step": step, "averages": halves}, tmp_path / f"averages/{step}.pt")
+    wanted = target.averages["0.07"]["weight"]
+    step, rebuilt = rebuild(tmp_path, 0.07, None)
+    error = (rebuilt["weight"] - wanted).norm()
+    nearest = min((average["weight"] - wanted).norm() for average in ema.averages.values())
+    assert step == 1600 and error < 0.1 * nearest, (error, nearest)
+    with pytest.raises(UserError, match="none of step 150: its steps are"):
+        rebuild(tmp_path, 0.07, 150)
