@@ -22,7 +22,9 @@ from src.utils import get_current_time, one_line_errors, seed_everything
 # Recipes for those who do not want to improvise; every value can be overridden by its flag.
 PRESETS = {
     # A look at whether everything works: 0.2 M images.
-    "quick": dict(batch_size=64, num_iterations=3000, lr=4e-4, warmup=100, save_interval=1000),
+    "quick": dict(
+        batch_size=64, num_iterations=3000, lr=4e-4, warmup=100, lr_decay_start=1500, save_interval=500, micro_batch=32
+    ),
     # 10 M images; slices of 32 fit a consumer card.
     "one-gpu-day": dict(
         batch_size=128,
@@ -30,12 +32,12 @@ PRESETS = {
         lr=2e-4,
         warmup=1000,
         lr_decay_start=40_000,
-        accumulate=4,
+        micro_batch=32,
         save_interval=5000,
     ),
     # 1.5 M images on an H100- or H200-class card.
     "data-centre-25min": dict(
-        batch_size=256, num_iterations=6000, lr=4e-4, warmup=500, save_interval=1000, max_minutes=25
+        batch_size=256, num_iterations=6000, lr=4e-4, warmup=500, lr_decay_start=2000, save_interval=500, max_minutes=25
     ),
 }
 
@@ -71,14 +73,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--weight_decay", type=float, default=Recipe.weight_decay)
     add("--grad_clip", type=float, default=Recipe.grad_clip, help="largest norm of the gradient")
     add("--ema_decay", type=float, default=Recipe.ema_decay)
-    add("--accumulate", type=int, default=Recipe.accumulate, help="slices of a process's share of a batch: less memory")
-    add("--max_minutes", type=float, default=None, help="stop and export after so long")
+    add("--micro_batch", type=int, default=Recipe.micro_batch, help="most images a process computes at once; 0: all")
+    add("--max_minutes", type=float, default=None, help="stop and export after so long in one session")
     add("--eval_interval", type=int, default=0, help="score every so many steps and keep best_model.pt; 0: never")
     add("--eval_samples", type=int, default=500, help="for each NFE")
     add("--features", help="TorchScript network to score with; default: the official one, for the FID")
     preset = parser.parse_known_args()[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.eval_samples < 2:
+        parser.error("--eval_samples must be at least 2")
+    if args.features and not args.eval_interval:
+        parser.error("--features is for scoring during training: give --eval_interval too")
+    return args
 
 
 def run(args: argparse.Namespace, world: World, device: torch.device) -> None:

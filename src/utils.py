@@ -32,7 +32,7 @@ def one_line_errors() -> Iterator[None]:
             text = text.split("\n")[-1].removeprefix("src.utils.UserError: ")
         sys.exit("error: " + " ".join(text.split()))
     except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory: lower --batch_size, or for training split it with --accumulate")
+        sys.exit("error: out of GPU memory: lower --batch_size, or in training --micro_batch")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -48,9 +48,12 @@ def seed_everything(seed: int) -> None:
 def pick_device(name: str) -> torch.device:
     """The device of that name, or the CPU where there is no CUDA."""
     try:
-        return torch.device(name if torch.cuda.is_available() else "cpu")
+        device = torch.device(name if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
         raise UserError(f"no device {name!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"no device {name!r}: this machine has {torch.cuda.device_count()} GPUs, from cuda:0 on")
+    return device
 
 
 def get_current_time() -> str:

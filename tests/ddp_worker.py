@@ -24,7 +24,7 @@ with joined("cpu") as (world, device):
     loss_module = world.wrap(Loss(model, copy.deepcopy(model)))
     data, noise, draw = global_batch(images, model.objective, 16, seed=3, step=5, world=world)
     logs = accumulate_gradient(loss_module, data, noise, draw, 5, slices=2, world=world)
-    mean = world.mean(torch.cat(logs["loss"]), device)
+    mean = world.mean(torch.cat(logs["loss"]))
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.save(
         {"gradient": gradient, "loss": mean, "noise": noise, "data": data}, f"{out}/{world.size}-{world.rank}.pt"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,14 +53,31 @@ def test_two_processes_train_and_one_goes_on(faces, workdir, script_env):
     sessions = json.loads((workdir / "run/run.json").read_text())["sessions"]
     assert [(one["processes"], one["first_step"], one["last_step"]) for one in sessions] == [(2, 0, 3), (1, 3, 5)]
 
-    result = torchrun(2, workdir, script_env, ROOT / "train.py", *flags, "--num_iterations", "6", "--accumulate", "3")
-    assert result.returncode != 0 and "3 equal slices for each of 2 processes" in result.stderr
+    result = torchrun(2, workdir, script_env, ROOT / "train.py", *flags, "--num_iterations", "6", "--batch_size", "7")
+    assert result.returncode != 0 and result.stderr.count("error: --batch_size 7 does not split over 2") == 1
+
+
+def test_a_signal_to_torchrun_saves_before_all_stop(faces, workdir, script_env):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "train.py"), "--data_root", str(faces), "--split_dir", str(faces), "--unet", "small",
+               "--image_size", "32", "--device", "cpu", "--batch_size", "8", "--save_dir", "run",
+               "--log_interval", "5"]  # fmt: skip
+    with (workdir / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=workdir, env={**script_env, "OMP_NUM_THREADS": "1"}, stderr=log)
+        metrics = workdir / "run/metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) != 0
+    assert "and saved: the same command with --save_dir run goes on" in (workdir / "log").read_text()
+    assert torch.load(workdir / "run/last.ckpt", weights_only=True)["training"]["step"] >= 5
 
 
 def test_one_process_needs_no_group():
-    world, cpu = World(), torch.device("cpu")
-    assert world.any(True, cpu) and not world.any(False, cpu)
-    assert world.mean(torch.tensor([1.0, 3.0]), cpu) == 2 and world.mean(torch.zeros(0), cpu) is None
+    world = World()
+    assert world.any(True) and not world.any(False)
+    assert world.mean(torch.tensor([1.0, 3.0])) == 2 and world.mean(torch.zeros(0)) is None
     assert world.from_rank_0(lambda: "made") == "made"
     with pytest.raises(ZeroDivisionError):
         world.from_rank_0(lambda: 1 / 0)

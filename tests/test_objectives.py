@@ -1,6 +1,7 @@
 """What every objective must pass. A new one joins by its line in OBJECTIVES."""
 
 import copy
+import json
 from functools import cache
 
 import numpy as np
@@ -108,6 +109,8 @@ def test_resumed_training_is_bitwise_equal(name, faces, workdir):
             return [tree]
         return [t for value in (tree.values() if isinstance(tree, dict) else []) for t in tensors(value)]
 
+    sessions = json.loads((workdir / "resumed/run.json").read_text())["sessions"]
+    assert [one["first_step"] for one in sessions] == [0, 3]
     pairs = list(zip(tensors(straight), tensors(resumed), strict=True))
     assert len(pairs) > 300 and all(torch.equal(a, b) for a, b in pairs)
 

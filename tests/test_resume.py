@@ -1,5 +1,6 @@
 """None of the training is lost: killed runs, damaged checkpoints, averages of the weights."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -13,10 +14,11 @@ import pytest
 import torch
 
 from custom_model import create_custom_model
+from src.objectives import OBJECTIVES
 from src.training.__main__ import rebuild
 from src.training.data import load_images
 from src.training.ema import PowerEMA, gamma_of
-from src.training.engine import Recipe, train
+from src.training.engine import Recipe, Training, train
 from src.utils import UserError
 
 STEPS = 120
@@ -81,7 +83,9 @@ def test_runs_killed_twenty_times_end_bitwise_equal_to_one_never_killed(faces, w
             for name in ("whole", "killed")]  # fmt: skip
     assert rows[0] == rows[1] and len(rows[0]) == STEPS
     sessions = json.loads((workdir / "killed/run.json").read_text())["sessions"]
-    print(f"{kills} kills; sessions that reached a save: {[one['last_step'] for one in sessions]}")
+    resumed = [one["first_step"] for one in sessions if one["first_step"] > 0]
+    assert len(resumed) >= 5  # it did go on from checkpoints, and did not just start over
+    print(f"{kills} kills, sessions began at {[one['first_step'] for one in sessions]}")
 
 
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(faces, workdir, capsys):
@@ -97,6 +101,61 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(faces, 
         (workdir / "run" / name).write_bytes(b"")
     with pytest.raises(UserError, match="last.ckpt.*previous.ckpt.*nothing to go on from"):
         run(str(faces), "run", 12)
+
+
+def test_a_checkpoint_from_a_device_with_another_layout_is_restored(faces, workdir):
+    """A GPU keeps weights and moments channels_last; the fused optimizer trusts the layout it finds."""
+    images, _ = load_images(str(faces), str(faces), 32)
+
+    def fresh():
+        torch.manual_seed(0)
+        model = create_custom_model(objective="rectified_flow", unet="small", image_size=32)
+        return Training(model, images, Recipe(batch_size=8, warmup=1))
+
+    here = fresh()
+    here.step()
+    checkpoint = copy.deepcopy({"state_dict": here.ema.model.state_dict(), "training": here.state()})
+    for moments in checkpoint["training"]["optimizer"]["state"].values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[name].ndim == 4:
+                moments[name] = moments[name].contiguous(memory_format=torch.channels_last)
+    there = fresh()
+    there.restore(checkpoint)
+    for training in (here, there):
+        training.step()
+    for a, b in zip(here.model.parameters(), there.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_objectives_own_state_is_resumed(faces, workdir, monkeypatch):
+    class Counting(OBJECTIVES["rectified_flow"]):
+        steps = 0
+
+        def after_step(self, nets, step):
+            self.steps += 1
+            assert step == self.steps and nets.student.training and not nets.ema.training
+
+        def state_dict(self):
+            return {"steps": self.steps}
+
+        def load_state_dict(self, state):
+            self.steps = state["steps"]
+
+    monkeypatch.setitem(OBJECTIVES, "shortcut", Counting)
+    run(str(faces), "run", 3)
+    run(str(faces), "run", 5)
+    assert torch.load("run/last.ckpt", weights_only=True)["training"]["objective"] == {"steps": 5}
+
+
+def test_leftovers_of_killed_saves_are_cleared_and_a_whole_next_checkpoint_is_used(faces, workdir):
+    run(str(faces), "run", 5)
+    (workdir / "run/last.ckpt").rename(workdir / "run/next.ckpt")  # killed between two renames
+    leftover = workdir / "run/.next.ckpt.123.tmp"
+    leftover.write_bytes(b"half")
+    run(str(faces), "run", 6)
+    assert not leftover.exists()
+    sessions = json.loads((workdir / "run/run.json").read_text())["sessions"]
+    assert [one["first_step"] for one in sessions] == [0, 5]
 
 
 def test_power_function_average_has_its_width():
@@ -140,3 +199,6 @@ def test_any_length_is_rebuilt_from_the_kept_averages(tmp_path):
     assert step == 1600 and error < 0.1 * nearest, (error, nearest)
     with pytest.raises(UserError, match="none of step 150: its steps are"):
         rebuild(tmp_path, 0.07, 150)
+    for step, sigma_rel in ((100, 0.02), (100, 0.2)):  # one kept step cannot tell these
+        with pytest.raises(UserError, match="save more often"):
+            rebuild(tmp_path, sigma_rel, step)

@@ -75,11 +75,11 @@ def test_train_script_leaves_what_the_challenge_asks_for(faces, workdir, script_
         other = official_loader(run / name, create_custom_model).state_dict()
         assert all(torch.equal(value, other[key]) for key, value in final.state_dict().items())
     facts = torch.load(run / "final_model.pt", weights_only=True)["provenance"]
-    assert (
-        facts["seed"] == 42
-        and facts["data"]["images"] == 24
-        and {"commit", "data", "torch", "step", "bf16"} <= set(facts)
-    )
+    assert facts["seed"] == 42 and facts["data"]["images"] == 24 and facts["step"] == 4
+    assert {"commit", "packages", "bf16", "chip"} <= set(facts)
+    record = json.loads((run / "run.json").read_text())
+    assert record["images_seen"] == 32 and record["device_hours"] > 0 and record["arguments"]["save_interval"] == 2
+    assert record["sessions"][0]["last_step"] == 4 and "train.py" in record["sessions"][0]["command"][0]
     assert Image.open(run / "iter=4_sample_0.png").size == (32, 32)
 
 
@@ -113,7 +113,8 @@ def test_interrupted_run_saves_and_goes_on(faces, workdir, script_env):
     "flags, message",
     [
         (["--batch_size", "25"], "24 training images do not fill one batch of 25"),
-        (["--batch_size", "6", "--accumulate", "4"], "does not split into 4 equal slices"),
+        (["--grad_clip", "0"], "--grad_clip must be positive"),
+        (["--beta2", "1"], "--beta2 must lie in [0, 1)"),
         (["--split_dir", "nowhere"], "no split file nowhere/train_split.txt"),
         (["--num_iterations", "0"], "--num_iterations must be at least 1"),
         (["--seed", "-1"], "--seed must not be negative"),
@@ -153,13 +154,36 @@ def test_dry_run_prints_the_plan_and_trains_nothing(faces, workdir, script_env):
     assert not (workdir / "results").exists()
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--features", "x.pt"], "give --eval_interval too"),
+        (["--eval_samples", "1"], "at least 2"),
+        (["--objective", "gan"], "invalid choice: 'gan' (choose from 'rectified_flow', 'shortcut')"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(faces, workdir, script_env, flags, message):
+    result = train_script(faces, workdir, script_env, *flags)
+    assert result.returncode == 2 and message in result.stderr
+
+
+def test_slices_fit_the_micro_batch_and_are_equal():
+    recipe = Recipe(batch_size=96, micro_batch=20)
+    assert [recipe.slices(1000, World(size=size)) for size in (1, 2, 3, 96)] == [6, 3, 2, 1]
+    assert Recipe(batch_size=96).slices(1000, World()) == 1
+    with pytest.raises(UserError, match="does not split over 5 processes"):
+        recipe.slices(1000, World(size=5))
+
+
 def test_memory_estimate_counts_what_autograd_keeps():
     images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
     needs = []
-    for size in (8, 16):
-        model = create_custom_model(objective="rectified_flow", unet="small", image_size=32)
-        needs.append(estimate(model, images, Recipe(batch_size=size), World()))
+    images = images.repeat(4, 1, 1, 1)
+    for size in (8, 16, 32):
+        model = create_custom_model(objective="shortcut", unet="small", image_size=32)
+        needs.append(estimate(model, images, Recipe(batch_size=size, micro_batch=16), World()))
         assert all(p.grad is None for p in model.parameters())
+    assert needs[2]["activations_gb"] == pytest.approx(needs[1]["activations_gb"], rel=0.2)
     assert needs[1]["activations_gb"] == pytest.approx(2 * needs[0]["activations_gb"], rel=0.2, abs=0.02)
 
 

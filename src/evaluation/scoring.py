@@ -31,6 +31,8 @@ def image_features(images: Sequence[Image.Image], features: Features, device: to
 class Scorer:
     """Fréchet distances of a model's samples at NFE 1, 2 and 4 to the validation images, and to the floor.
 
+    `key` names all that its numbers depend on beside the model.
+
     Args:
         count: samples for each NFE, always from the same noise, and training images for the floor.
         features_path: a TorchScript network; None: the official one, for the FID.
@@ -48,10 +50,11 @@ class Scorer:
     ):
         self.features = load_features(features_path or official_inception(), device)
         self.device, self.count, self.seed = device, count, seed
-        train, val = (self._split(data_root, split_dir, split, size) for split in ("train", "val"))
-        self.reference = self._cached(val)
+        train, val = (split_paths(data_root, split, split_dir) for split in ("train", "val"))
+        self.reference = self._cached(val, size)
         chosen = np.linspace(0, len(train) - 1, min(count, len(train))).astype(int)
-        self.floor = frechet_distance(self._cached([train[i] for i in chosen]), self.reference)
+        self.floor = frechet_distance(self._cached([train[i] for i in chosen], size), self.reference)
+        self.key = f"{self.features.key[:16]} {size} px, {count} samples, seed {seed}, floor {self.floor:.6g}"
 
     def __call__(self, model) -> dict[str, float]:
         """The distance at each NFE, and "ratio": their mean as a multiple of the floor."""
@@ -68,16 +71,13 @@ class Scorer:
         named = {f"{self.features.distance} NFE {nfe}": distance for nfe, distance in distances.items()}
         return {**named, "floor": self.floor, "ratio": sum(distances.values()) / len(NFES) / self.floor}
 
-    @staticmethod
-    def _split(data_root: str, split_dir: str, split: str, size: int) -> list[Image.Image]:
+    def _cached(self, paths: list[Path], size: int) -> np.ndarray:
         pixels = to_pixels(size)
-        return [tensor_to_pil_image(pixels(read_rgb(path))) for path in split_paths(data_root, split, split_dir)]
-
-    def _cached(self, images: list[Image.Image]) -> np.ndarray:
+        images = [tensor_to_pil_image(pixels(read_rgb(path))) for path in paths]
         digest = hashlib.sha256(self.features.key.encode())
         for image in images:
             digest.update(image.tobytes())
-        path = Path(CACHE) / f"features-{digest.hexdigest()[:16]}.npy"
+        path = CACHE / f"features-{digest.hexdigest()[:16]}.npy"
         if not path.is_file():
             found = image_features(images, self.features, self.device)
             with replacing(path) as temporary, temporary.open("wb") as file:

@@ -2,17 +2,14 @@
 
 from torch import Tensor
 
-from src.objectives.contract import Nets, squared_error
+from src.objectives.contract import Nets, Objective, squared_error
 
 
-class RectifiedFlow:
+class RectifiedFlow(Objective):
     """||u(x_t, t, 0) - (eps - x)||^2. A jump is then an Euler step with the instantaneous velocity."""
 
     needs_condition = False
     learns_jumps = False
-
-    def __init__(self, scheduler):
-        self.scheduler = scheduler
 
     def draw(self, batch_size: int) -> dict[str, Tensor]:
         return {"t": self.scheduler.sample_timesteps(batch_size, "cpu")}

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from src.objectives.contract import Nets, eval_mode, squared_error
+from src.objectives.contract import Nets, Objective, eval_mode, squared_error
 
 
-class Shortcut:
+class Shortcut(Objective):
     """A jump of 2d should equal two jumps of d; jumps of d = 0 are flow matching.
 
     Every `bootstrap_every`-th sample learns u(x_t, t, 2d) from two steps of the EMA network in eval mode,
@@ -24,7 +24,7 @@ class Shortcut:
     learns_jumps = True
 
     def __init__(self, scheduler, levels: int = 128, bootstrap_every: int = 8, clip: float = 4.0):
-        self.scheduler = scheduler
+        super().__init__(scheduler)
         self.levels = levels
         self.bootstrap_every = bootstrap_every
         self.clip = clip

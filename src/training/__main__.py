@@ -24,7 +24,12 @@ def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict[st
         raise UserError(f"{run}/averages holds none of step {step}: its steps are {steps or 'none'}")
     files = [read_checkpoint(run / f"averages/{kept}.pt") for kept in steps]
     kept = [(file["step"], float(sigma), average) for file in files for sigma, average in file["averages"].items()]
-    weights = rebuilding_weights([(at, sigma) for at, sigma, _ in kept], step, sigma_rel)
+    weights, error = rebuilding_weights([(at, sigma) for at, sigma, _ in kept], step, sigma_rel)
+    if error > 0.05:
+        raise UserError(
+            f"the averages kept at {steps} cannot tell the one of width {sigma_rel} at {step} (they miss it by "
+            f"{100 * error:.0f} %): save more often, or ask for a width between 0.05 and 0.1"
+        )
     names = kept[0][2]
     return step, {
         name: sum(float(w) * average[name].float() for w, (_, _, average) in zip(weights, kept, strict=True))

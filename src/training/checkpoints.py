@@ -1,5 +1,6 @@
 """What a run saves to go on from, and how it goes on."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from src.utils import UserError, read_checkpoint, save_model, writing_checkpoint
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+LAST, NEXT, PREVIOUS = "last.ckpt", "next.ckpt", "previous.ckpt"
 
 
 def save_last(save_dir: Path, model: nn.Module, model_config: dict, **state) -> None:
-    """Write `last.ckpt` and keep the one before it: whenever the process dies, one of the two is whole."""
-    following = save_dir / "next.ckpt"
+    """Write `last.ckpt` and keep the one before it: whenever the process dies, a whole one is left."""
+    following = save_dir / NEXT
     save_model(model, following, model_config, **state)
     if (save_dir / LAST).exists():
         os.replace(save_dir / LAST, save_dir / PREVIOUS)
@@ -29,7 +30,7 @@ def load_last(save_dir: Path, identity: dict) -> dict | None:
         identity: the settings that make a run this run.
     Raises: UserError if all checkpoints are damaged or foreign, or belong to a run with other settings.
     """
-    paths = [save_dir / name for name in (LAST, PREVIOUS) if (save_dir / name).exists()]
+    paths = [save_dir / name for name in (LAST, NEXT, PREVIOUS) if (save_dir / name).exists()]
     faults = []
     for path in paths:
         try:
@@ -61,6 +62,19 @@ def _refuse_changes(path: Path, before: dict, now: dict) -> None:
     ]
     if changed:
         raise UserError(f"{path} belongs to another run ({'; '.join(changed)}): choose another --save_dir")
+
+
+def clear_leftovers(save_dir: Path) -> None:
+    """Delete what a process that was killed while writing left in a run's folder."""
+    for path in save_dir.rglob(".*.tmp"):
+        path.unlink()
+
+
+def best_score(save_dir: Path, scorer: str) -> float:
+    """The ratio of `best_model.pt`, if that was scored in the same way; else infinity: none yet."""
+    path = save_dir / "best_model.pt"
+    facts = read_checkpoint(path)["provenance"] if path.exists() else {}
+    return facts["ratio"] if facts.get("scorer") == scorer else math.inf
 
 
 def save_averages(save_dir: Path, step: int, averages: dict[str, dict[str, Tensor]]) -> None:

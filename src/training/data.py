@@ -10,7 +10,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from src.images import ensure_root, read_rgb, split_paths
-from src.utils import UserError, replacing
+from src.utils import replacing
 
 CACHE = Path("data/cache")
 
@@ -46,8 +46,6 @@ def batch_indices(count: int, batch_size: int, seed: int, step: int) -> np.ndarr
 
     A function of its arguments alone, so a resumed run goes on with the same images.
     """
-    if batch_size > count:
-        raise UserError(f"{count} training images do not fill one batch of {batch_size}: lower --batch_size")
     position = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = {e: np.random.default_rng([seed, e]).permutation(count) for e in np.unique(position // count).tolist()}
     return np.array([epochs[p // count][p % count] for p in position.tolist()])

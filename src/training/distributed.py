@@ -1,8 +1,10 @@
 """Several processes under `torchrun`, or one: the engine asks the same questions of both."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +13,19 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from src.utils import pick_device
+from src.utils import UserError, pick_device
 
 
 class World(NamedTuple):
-    """This process among `size` of them. Only rank 0 writes and prints."""
+    """This process among `size` of them. Only rank 0 writes and prints.
+
+    Decisions travel between the hosts (gloo), so that agreeing at every step never waits for a GPU.
+    """
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    hosts: dist.ProcessGroup | None = None
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Synchronise gradients through the module's forward pass; with one process, the module itself."""
@@ -30,20 +36,19 @@ class World(NamedTuple):
         """Around one slice of a batch: only the last slice's backward pass exchanges gradients."""
         return nullcontext() if last or self.size == 1 else module.no_sync()
 
-    def any(self, flag: bool, device: torch.device) -> bool:
+    def any(self, flag: bool) -> bool:
         """Whether the flag is up on any process. All processes must ask together."""
         if self.size == 1:
             return flag
-        flags = torch.tensor(float(flag), device=device)
-        dist.all_reduce(flags)
+        flags = torch.tensor(float(flag))
+        dist.all_reduce(flags, group=self.hosts)
         return flags.item() > 0
 
-    def mean(self, values: Tensor, device: torch.device) -> float | None:
+    def mean(self, values: Tensor) -> float | None:
         """Mean of 1-d tensors of any length over all processes; None if all are empty."""
-        total = torch.stack([values.sum().double(), torch.tensor(len(values), device=values.device).double()])
+        total = torch.tensor([values.sum().item(), len(values)], dtype=torch.float64)
         if self.size > 1:
-            total = total.to(device)
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.hosts)
         total, count = total.tolist()
         return total / count if count else None
 
@@ -56,7 +61,7 @@ class World(NamedTuple):
             except Exception as error:
                 box[1] = error
         if self.size > 1:
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=self.hosts)
         if box[1] is not None:
             raise box[1]
         return box[0]
@@ -65,10 +70,10 @@ class World(NamedTuple):
     def one_a_machine_first(self) -> Iterator[None]:
         """Run the body on one process of each machine before the others, which then find its files."""
         if self.size > 1 and self.local_rank > 0:
-            dist.barrier()
+            dist.barrier(group=self.hosts)
         yield
         if self.size > 1 and self.local_rank == 0:
-            dist.barrier()
+            dist.barrier(group=self.hosts)
 
 
 @contextmanager
@@ -81,12 +86,18 @@ def joined(device_name: str) -> Iterator[tuple[World, torch.device]]:
     if "RANK" not in os.environ:
         yield World(), device
         return
-    world = World(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if device.type == "cuda":
-        device = torch.device("cuda", world.local_rank)
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # The others wait while rank 0 downloads, decodes, scores or saves.
+    patience = timedelta(hours=6)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
-        yield world, device
-    finally:
-        dist.destroy_process_group()
+        yield World(rank, local_rank, size, dist.new_group(backend="gloo", timeout=patience)), device
+    except UserError:
+        if rank > 0:
+            sys.exit(1)  # rank 0 says why
+        raise
+    # Not after an error: it may wait for processes that wait for this one. torchrun ends them.
+    dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """Averages of the weights over training."""
 
 import copy
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -65,18 +66,22 @@ def gamma_of(sigma_rel: float) -> float:
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 
 
-def rebuilding_weights(kept: Iterable[tuple[int, float]], step: int, sigma_rel: float) -> np.ndarray:
+def rebuilding_weights(kept: Iterable[tuple[int, float]], step: int, sigma_rel: float) -> tuple[np.ndarray, float]:
     """Least-squares weights of kept averages for the average of width `sigma_rel` at `step`.
 
     Args:
         kept: (step, sigma_rel) of each; none later than `step`.
-    Returns: as many weights (arXiv:2312.02696, appendix C).
+    Returns: as many weights, of sum 1, and the relative error of the rebuilt weight profile
+        (arXiv:2312.02696, appendix C).
     """
     steps, gammas = (np.array(values, dtype=np.float64) for values in zip(*kept, strict=True))
     gammas = np.array([gamma_of(sigma) for sigma in gammas])
     target = np.array([step], dtype=np.float64), np.array([gamma_of(sigma_rel)])
     products = _profile_products(steps[:, None], gammas[:, None], steps, gammas)
-    return np.linalg.lstsq(products, _profile_products(steps, gammas, *target), rcond=None)[0]
+    wanted = _profile_products(steps, gammas, *target)
+    weights = np.linalg.lstsq(products, wanted, rcond=None)[0]
+    error = math.sqrt(max(0.0, 1 - float(wanted @ weights) / _profile_products(*target, *target).item()))
+    return weights / weights.sum(), error
 
 
 def _profile_products(t_a, gamma_a, t_b, gamma_b) -> np.ndarray:

@@ -1,11 +1,13 @@
 """The training loop that every objective shares."""
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src.objectives.contract import Nets
-from src.training.checkpoints import load_last, save_averages, save_last
+from src.training.checkpoints import best_score, clear_leftovers, load_last, save_averages, save_last
 from src.training.data import batch_indices, to_batch
 from src.training.distributed import World
 from src.training.ema import EMA, PowerEMA
@@ -34,10 +36,11 @@ class Recipe:
             root of the step from `lr_decay_start` on.
         grad_clip: largest norm of the gradient.
         ema_decay: weight of the old average at each step.
-        accumulate: slices a process computes its share of a batch in; changes the memory, not the gradient.
+        micro_batch: most images a process computes at once, in equal slices of its share of the batch; changes the
+            memory, not the gradient (but for dropout's masks). 0: the whole share.
         seed: of weights, data order, noise, times and dropout.
         log_interval, save_interval, eval_interval: in steps; eval_interval 0: never.
-        max_minutes: stop (and export) after this time; None: never.
+        max_minutes: stop (and export) after this time in one session; None: never.
     """
 
     batch_size: int = 32  # the challenge's
@@ -50,7 +53,7 @@ class Recipe:
     weight_decay: float = 0.1  # arXiv:2410.12557
     grad_clip: float = 1.0  # arXiv:2209.03003's code
     ema_decay: float = 0.999  # arXiv:2410.12557
-    accumulate: int = 1
+    micro_batch: int = 0
     seed: int = 42
     log_interval: int = 100
     save_interval: int = 10_000
@@ -58,18 +61,39 @@ class Recipe:
     max_minutes: float | None = None
 
     def __post_init__(self):
-        for name in ("batch_size", "num_iterations", "lr_decay_start", "accumulate", "log_interval", "save_interval"):
+        for name in ("batch_size", "num_iterations", "lr_decay_start", "log_interval", "save_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0 or self.lr <= 0 or not 0 <= self.ema_decay < 1:
-            raise UserError("--seed must not be negative, --lr must be positive, and --ema_decay in [0, 1)")
+        for name in ("seed", "warmup", "weight_decay", "micro_batch", "eval_interval"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must not be negative, got {getattr(self, name)}")
+        for name in ("ema_decay", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("lr", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} must be positive, got {getattr(self, name)}")
+
+    def slices(self, count: int, world: World) -> int:
+        """How many equal slices a process's share of a batch is computed in; UserError if there are no such.
+
+        Args:
+            count: images in the data set.
+        """
+        share, rest = divmod(self.batch_size, world.size)
+        if rest:
+            raise UserError(f"--batch_size {self.batch_size} does not split over {world.size} processes")
+        if self.batch_size > count:
+            raise UserError(f"{count} training images do not fill one batch of {self.batch_size}: lower --batch_size")
+        most = self.micro_batch or share
+        return next(slices for slices in range(1, share + 1) if share % slices == 0 and share // slices <= most)
 
     def learning_rate(self, step: int) -> float:
         """Of the step after `step` steps."""
         return self.lr * min(1.0, (step + 1) / max(1, self.warmup)) / math.sqrt(max(1.0, step / self.lr_decay_start))
 
 
-FREE = ("num_iterations", "accumulate", "log_interval", "save_interval", "eval_interval", "max_minutes")
+FREE = ("num_iterations", "micro_batch", "log_interval", "save_interval", "eval_interval", "max_minutes")
 
 
 class Loss(nn.Module):
@@ -89,6 +113,12 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile's GPU code generator has what it needs: a chip since Volta, Triton, a C compiler."""
+    compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
+    return torch.cuda.get_device_capability(device) >= (7, 0) and find_spec("triton") is not None and compiler
 
 
 def seed_step(seed: int, step: int, stream: int) -> None:
@@ -145,25 +175,22 @@ class Training:
     """
 
     def __init__(self, model, images: np.ndarray, recipe: Recipe, world: World = World()):  # noqa: B008
-        if recipe.batch_size % (world.size * recipe.accumulate):
-            raise UserError(
-                f"--batch_size {recipe.batch_size} does not split into {recipe.accumulate} equal slices for each of "
-                f"{world.size} processes"
-            )
-        batch_indices(len(images), recipe.batch_size, recipe.seed, 0)  # refuses a data set smaller than a batch
+        self.slices = recipe.slices(len(images), world)
         self.model, self.recipe, self.world = model.train(), recipe, world
         self.bf16 = has_bf16(model.device)
         self.images = torch.from_numpy(images).to(model.device)
         on_gpu = model.device.type == "cuda"
         if on_gpu:  # slower on CPUs
             model.network.to(memory_format=torch.channels_last)
+            torch.backends.cudnn.benchmark = True
         self.ema, self.power_ema = EMA(model, recipe.ema_decay), PowerEMA(model)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
         )
         self.steps = 0
-        if on_gpu:
-            model.network.compile()  # in place: state-dict keys stay
+        if on_gpu and can_compile(model.device):  # in place: state-dict keys stay
+            model.network.compile()
+            self.ema.model.network.compile()
         self.loss_module = world.wrap(Loss(model, self.ema.model))
 
     def step(self) -> tuple[dict[str, list[Tensor]], Tensor]:
@@ -176,13 +203,14 @@ class Training:
             group["lr"] = recipe.learning_rate(self.steps)
         batch = global_batch(self.images, self.model.objective, recipe.batch_size, recipe.seed, self.steps, world)
         seed_step(recipe.seed, self.steps, stream=1 + world.rank)  # for dropout
-        logs = accumulate_gradient(self.loss_module, *batch, self.steps, recipe.accumulate, self.bf16, world)
+        logs = accumulate_gradient(self.loss_module, *batch, self.steps, self.slices, self.bf16, world)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         self.ema.update(self.model, self.steps)
         self.power_ema.update(self.model, self.steps)
+        self.model.objective.after_step(Nets(self.model, self.ema.model), self.steps)
         return logs, norm
 
     def state(self) -> dict:
@@ -192,6 +220,7 @@ class Training:
             "student": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "power_ema": self.power_ema.averages,
+            "objective": self.model.objective.state_dict(),
         }
 
     def restore(self, checkpoint: dict) -> None:
@@ -201,6 +230,10 @@ class Training:
         self.ema.model.load_state_dict(checkpoint["state_dict"])
         self.power_ema.load(state["power_ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for p, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # in the layout of a device where they were saved, not of this one
+                moments[name] = torch.empty_like(p).copy_(moments[name])
+        self.model.objective.load_state_dict(state["objective"])
         self.steps = state["step"]
 
 
@@ -231,7 +264,6 @@ def train(
     settings = {name: value for name, value in asdict(recipe).items() if name not in FREE}
     identity = {"model": model_config, "data": data_hash, **settings}
     checkpoint = world.from_rank_0(lambda: load_last(save_dir, identity))
-    best = checkpoint["training"]["best"] if checkpoint else math.inf
     if checkpoint:
         training.restore(checkpoint)
         del checkpoint
@@ -239,23 +271,26 @@ def train(
     device, start, first, average = model.device, training.steps, world.rank == 0, training.ema.model
     facts = {"seed": recipe.seed, "data": {"hash": data_hash, "images": len(images)}, "bf16": training.bf16}
     if first:
+        clear_leftovers(save_dir)
         write_json(save_dir / "training_config.json", arguments)
         write_json(save_dir / "model_config.json", model_config)
         metrics = Metrics(save_dir / "metrics.jsonl", start)
         described = {"arguments": arguments, "model_config": model_config, **facts}
         record = RunRecord(save_dir / "run.json", start, device, world.size, described)
+        record.write(start, recipe.batch_size)
     origin = {**environment(device), **facts}
+    scorer = getattr(evaluate, "key", "")
+    best = best_score(save_dir, scorer) if first and evaluate else math.inf
 
-    def export(*names: str) -> None:
+    def export(*names: str, **scores) -> None:
         for name in names:
-            save_model(average, save_dir / name, model_config, provenance={**origin, "step": training.steps})
+            save_model(average, save_dir / name, model_config, provenance={**origin, "step": training.steps, **scores})
 
     def save() -> None:
         save_averages(save_dir, training.steps, training.power_ema.averages)
-        state = {**training.state(), "best": best, "identity": identity}
+        state = {**training.state(), "identity": identity}
         save_last(save_dir, average, model_config, training=state, provenance={**origin, "step": training.steps})
         plot_curves(metrics.rows, save_dir / "training_curves.png")
-        record.write(training.steps, recipe.batch_size)
 
     logs: dict[str, list[Tensor]] = {}
     step = interval_start = start
@@ -271,14 +306,12 @@ def train(
                     logs.setdefault(name, []).extend(values)
 
             logging = step % recipe.log_interval == 0
-            finished = step >= recipe.num_iterations
-            if world.size == 1 or logging or finished:  # processes agree only as often as they log
-                late = recipe.max_minutes is not None and time.monotonic() - began > 60 * recipe.max_minutes
-                finished = finished or world.any(late, device)
-                stopped = world.any(stop_received(), device)
+            late = recipe.max_minutes is not None and time.monotonic() - began > 60 * recipe.max_minutes
+            finished = world.any(step >= recipe.num_iterations or late)
+            stopped = world.any(stop_received())
             at_interval = finished or step % recipe.save_interval == 0
             if logs and (logging or at_interval or stopped):
-                row = {name: world.mean(torch.cat(values), device) for name, values in logs.items()}
+                row = {name: world.mean(torch.cat(values)) for name, values in logs.items()}
                 row["gradient_norm"] = norm.item()
                 if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
                     last = save_dir / "last.ckpt"
@@ -291,21 +324,25 @@ def train(
                 row |= {"lr": recipe.learning_rate(step - 1), "images_per_second": speed}
                 if first:
                     metrics.add({"step": step, "images": step * recipe.batch_size, **row})
+                    record.write(step, recipe.batch_size)
                 progress.update(step - progress.n)
                 progress.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{speed:.1f}")
                 logs, interval_start = {}, step
-            if first and evaluate and (finished or step % recipe.eval_interval == 0):
-                scores = evaluate(average)
+            evaluating = evaluate and recipe.eval_interval and (finished or step % recipe.eval_interval == 0)
+            if first and evaluating and step > start:
+                with torch.compiler.set_stance("force_eager"):  # its batches have other shapes
+                    scores = evaluate(average)
                 metrics.add({"step": step, **scores})
                 if scores["ratio"] < best:
                     best = scores["ratio"]
-                    export("best_model.pt")
+                    export("best_model.pt", ratio=best, scorer=scorer)
             if first and (at_interval or stopped):
                 if at_interval:
                     export(f"checkpoint_iter_{step}.pt", *["final_model.pt"] * finished)
                 save()
             if first and (at_interval or early_preview(step)):
-                save_previews(average, save_dir, step, recipe.seed)
+                with torch.compiler.set_stance("force_eager"):
+                    save_previews(average, save_dir, step, recipe.seed)
             if step == interval_start:  # the time that saving took is not training time
                 interval_began = time.monotonic()
     if not finished:

@@ -1,5 +1,6 @@
 """What a run will need, without training: parameters, memory, time."""
 
+import copy
 import time
 
 import torch
@@ -26,19 +27,21 @@ def estimate(model, images: torch.Tensor, recipe: Recipe, world: World) -> dict:
         return tensor
 
     count = 8
-    loss_module = Loss(model.train(), model)
+    slices = recipe.slices(len(images), world)
+    # A teacher of its own, as in training: the same network under autocast's cache would lose gradients.
+    loss_module = Loss(model.train(), copy.deepcopy(model).eval().requires_grad_(False))
     data, noise, draw = global_batch(images, model.objective, count, recipe.seed, 0, World())
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         accumulate_gradient(loss_module, data, noise, draw, 0, bf16=bf16)
+    _wait(device)
     began = time.monotonic()
     accumulate_gradient(loss_module, data, noise, draw, 0, bf16=bf16)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    _wait(device)
     seconds = (time.monotonic() - began) / count
     model.zero_grad(set_to_none=True)
 
     parameters = sum(p.numel() for p in model.parameters())
-    at_once = recipe.batch_size // world.size // recipe.accumulate
+    at_once = recipe.batch_size // world.size // slices
     return {
         "parameters": parameters,
         "weights_and_averages_gb": round(28 * parameters / 1e9, 2),
@@ -46,3 +49,8 @@ def estimate(model, images: torch.Tensor, recipe: Recipe, world: World) -> dict:
         "images_per_second": round(world.size / seconds, 2),
         "hours": round(recipe.num_iterations * recipe.batch_size * seconds / world.size / 3600, 2),
     }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

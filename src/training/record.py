@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
@@ -32,8 +33,9 @@ def environment(device: torch.device) -> dict:
         "commit": commit,
         "clean_tree": clean,
         "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
+        "packages": {name: version(name) for name in ("torch", "torchvision", "numpy", "scipy", "pillow", "clean-fid")},
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "device": device.type,
         "chip": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
     }
@@ -48,8 +50,8 @@ class RunRecord:
 
     def __init__(self, path: Path, step: int, device: torch.device, processes: int, facts: dict):
         self.path = path
-        earlier = json.loads(path.read_text())["sessions"] if step and path.exists() else []
-        # A session that was killed has trained steps that are trained again: they count in its time alone.
+        earlier = json.loads(path.read_text())["sessions"] if path.exists() else []
+        # A session that was killed trained steps that are trained again: they count in its time alone.
         session = {
             "command": sys.argv,
             "environment": environment(device),
