@@ -31,12 +31,12 @@ data/faces_val: data/faces/val_split.txt
 	rm -rf $@
 	$(PY) -m src.evaluation reference --data_root data/faces --split_dir data/faces --out $@
 
-# On a CPU a taste of three minutes; on a GPU ten, of larger batches. Run again, it trains on from there.
+# On a CPU a taste of five minutes; on a GPU ten, of larger batches. Run again, it trains on from there.
 demo: .venv/ready data/faces_val
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-	then train="--batch_size 128 --max_minutes 10"; count=500; \
-	else train="--batch_size 8 --max_minutes 3 --log_interval 5"; count=64; fi; set -ex; \
-	$(PY) train.py --data_root data/faces --split_dir data/faces --save_dir $(DEMO) --lr 4e-4 --warmup 20 $$train; \
+	then train="--preset quick --max_minutes 10"; count=500; \
+	else train="--batch_size 4 --warmup 10 --max_minutes 5 --log_interval 10"; count=64; fi; set -ex; \
+	$(PY) train.py --data_root data/faces --split_dir data/faces --save_dir $(DEMO) $$train; \
 	$(PY) sampling.py --ckpt_path $(DEMO)/final_model.pt --save_dir $(DEMO)/samples --num_samples $$count
 	-@for nfe in 1 2 4; do echo "NFE $$nfe:" && $(PY) -m src.evaluation score $(FEATURES) \
 		--generated $(DEMO)/samples/nfe=$$nfe --reference data/faces_val || exit; done

@@ -1,6 +1,6 @@
 """Training speed of the engine against a plain loop of the challenge's kind, in one process, alternating.
 
-    python benchmarks/throughput.py --data_root data/faces --split_dir data/faces
+    python -m benchmarks.throughput --data_root data/faces --split_dir data/faces
 
 The plain loop decodes and resizes each image at every access in loader workers, computes in float32, steps Adam
 and reads the loss at each step. The engine runs with its default settings. The achieved rate counts 268 GFLOP a

@@ -18,7 +18,7 @@ import train as train_py
 from custom_model import create_custom_model
 from src.training.data import batch_indices, load_images, to_batch
 from src.training.distributed import World
-from src.training.ema import EMA
+from src.training.ema import EMA, gamma_of
 from src.training.engine import Loss, Recipe, accumulate_gradient, train
 from src.training.estimate import estimate
 from src.utils import UserError, load_model, tensor_to_pil_image
@@ -374,15 +374,15 @@ def test_batches_are_flipped_half_the_time():
 
 def test_ema_forgets_its_start_and_never_drops_out():
     model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.Dropout())
-    torch.nn.init.zeros_(model[0].weight)
-    ema = EMA(model, decay=0.9)
-    torch.nn.init.ones_(model[0].weight)
+    torch.nn.init.constant_(model[0].weight, 100)
+    ema = EMA(model, decay=0.99)
     values = []
-    for update in range(60):
-        ema.update(model, update + 1)
+    for update in range(1, 2001):
+        torch.nn.init.constant_(model[0].weight, update)
+        ema.update(model, update)
         values.append(ema.model[0].weight.item())
     assert not ema.model[1].training and not ema.model[0].weight.requires_grad
-    assert values == pytest.approx([1] * 60)
-    torch.nn.init.zeros_(model[0].weight)
-    ema.update(model, 61)
-    assert ema.model[0].weight.item() == pytest.approx(1 - 0.1 / (1 - 0.9**61))
+    assert values[0] == 1  # nothing of the initial weights
+    gamma = gamma_of(0.1)
+    assert values[199] == pytest.approx(200 * (gamma + 1) / (gamma + 2), rel=0.01)  # a share of the training so far
+    assert values[-1] == pytest.approx(2000 - 99, abs=0.5)  # a constant number of steps

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 class EMA:
     """An exponentially averaged copy of `model`, always in eval mode: teacher, preview and export.
 
-    Bias-corrected like Adam's moments (arXiv:1412.6980, section 3): after n updates it is the weighted mean of
-    just the n weights it has seen, with weights decay^(n-1), ..., decay, 1; the initial ones do not count.
+    It starts as a power-function average of width 0.1 (arXiv:2312.02696), which knows no initial weights and
+    reaches over a fixed share of the training so far, until that is longer than 1 / (1 - decay) steps. A plain
+    average of the first steps, which is what correcting the bias of a constant decay gives, lags far behind.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -24,8 +26,8 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, updates: int) -> None:
         """Take in `model`'s weights, as the `updates`-th (from 1)."""
-        new = (1 - self.decay) / (1 - self.decay**updates)
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), new)
+        decay = min(self.decay, power_decay(0.1, updates))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
 
@@ -50,8 +52,7 @@ class PowerEMA:
         """Take in `model`'s weights, as the `updates`-th (from 1)."""
         weights = list(model.parameters())
         for sigma_rel, average in self.averages.items():
-            beta = (1 - 1 / updates) ** (gamma_of(float(sigma_rel)) + 1)
-            torch._foreach_lerp_(list(average.values()), weights, 1 - beta)
+            torch._foreach_lerp_(list(average.values()), weights, 1 - power_decay(float(sigma_rel), updates))
 
     def load(self, averages: dict[str, dict[str, Tensor]]) -> None:
         for sigma_rel, average in averages.items():
@@ -59,6 +60,12 @@ class PowerEMA:
                 self.averages[sigma_rel][name].copy_(value)
 
 
+def power_decay(sigma_rel: float, updates: int) -> float:
+    """The old average's weight at the `updates`-th update (from 1) of the one with this relative width."""
+    return (1 - 1 / updates) ** (gamma_of(sigma_rel) + 1)
+
+
+@cache
 def gamma_of(sigma_rel: float) -> float:
     """The exponent whose power-function average has this relative width: the root of
     sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1 (arXiv:2312.02696, appendix C)."""
