@@ -61,9 +61,9 @@ def get_current_time() -> str:
     return datetime.now().strftime("%m-%d-%H%M%S")
 
 
-def expand_t(t: Tensor, x: Tensor) -> Tensor:
-    """View t, [B], as [B, 1, ..., 1] with as many dimensions as x."""
-    return t.reshape(-1, *[1] * (x.ndim - 1))
+def expand_t(t: Tensor | float, x: Tensor) -> Tensor:
+    """View t, [B] or a number, as [B, 1, ..., 1] or [1, ..., 1], with as many dimensions as x."""
+    return torch.as_tensor(t, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def tensor_to_pil_image(tensor: Tensor) -> Image.Image | list[Image.Image]:
