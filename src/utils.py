@@ -16,6 +16,8 @@ import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+CACHE = Path("data/cache")  # arrays named by their content; may be deleted at any time
+
 
 class UserError(Exception):
     """Something the user can put right. Scripts print it as one line and exit with 1."""
@@ -122,6 +124,17 @@ def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cached_array(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array of this name in data/cache, made and kept there if it is not; memory-mapped, writes stay private."""
+    path = CACHE / f"{name}.npy"
+    if not path.is_file():
+        array = make()
+        # Plain file writes raise on a full disk, where writing to a new memory map would kill the process.
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, array)
+    return np.load(path, mmap_mode="c")
 
 
 def write_json(path: str | os.PathLike, content: dict) -> None:

@@ -15,9 +15,8 @@ from cleanfid.downloads_helper import inception_url
 from torch import Tensor
 
 from src.evaluation.reference import image_files
-from src.utils import UserError, replacing
+from src.utils import UserError, cached_array, replacing
 
-CACHE = Path("data/cache")
 OFFICIAL = Path("/tmp/inception-2015-12-05.pt")  # where clean-fid keeps, and looks for, its network
 # What the Fréchet distance of a network's features is called, by the SHA-256 of its file. FID: the official one's.
 DISTANCES = {
@@ -79,19 +78,16 @@ def folder_features(
     digest = hashlib.sha256(features.key.encode())
     for path in files:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
-    path = CACHE / f"features-{digest.hexdigest()[:16]}.npy"
-    if cache and path.is_file():
-        return np.load(path)
-    result = fid.get_folder_features(
-        str(folder),
-        features.network,
-        num_workers=min(4, os.cpu_count() or 1),
-        batch_size=batch_size,
-        device=device,
-        mode="clean",
-        description=f"features of {folder}",
-    )
-    if cache:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, result)
-    return result
+
+    def compute() -> np.ndarray:
+        return fid.get_folder_features(
+            str(folder),
+            features.network,
+            num_workers=min(4, os.cpu_count() or 1),
+            batch_size=batch_size,
+            device=device,
+            mode="clean",
+            description=f"features of {folder}",
+        )
+
+    return cached_array(f"features-{digest.hexdigest()[:16]}", compute) if cache else compute()

@@ -10,9 +10,9 @@ from cleanfid.resize import build_resizer
 from PIL import Image
 
 from src.evaluation.distances import frechet_distance
-from src.evaluation.features import CACHE, Features, load_features, official_inception
+from src.evaluation.features import Features, load_features, official_inception
 from src.images import read_rgb, split_paths, to_pixels
-from src.utils import replacing, tensor_to_pil_image
+from src.utils import cached_array, tensor_to_pil_image
 
 NFES = (1, 2, 4)
 
@@ -77,9 +77,6 @@ class Scorer:
         digest = hashlib.sha256(self.features.key.encode())
         for image in images:
             digest.update(image.tobytes())
-        path = CACHE / f"features-{digest.hexdigest()[:16]}.npy"
-        if not path.is_file():
-            found = image_features(images, self.features, self.device)
-            with replacing(path) as temporary, temporary.open("wb") as file:
-                np.save(file, found)
-        return np.load(path)
+        return cached_array(
+            f"features-{digest.hexdigest()[:16]}", lambda: image_features(images, self.features, self.device)
+        )

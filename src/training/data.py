@@ -1,7 +1,6 @@
 """The training images as one memory-mapped array, and the batches of a step."""
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,16 +9,14 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from src.images import ensure_root, read_rgb, split_paths
-from src.utils import replacing
-
-CACHE = Path("data/cache")
+from src.utils import cached_array
 
 
-def load_images(root: str, split_dir: str, size: int, cache: Path = CACHE) -> tuple[np.ndarray, str]:
+def load_images(root: str, split_dir: str, size: int) -> tuple[np.ndarray, str]:
     """The training split, decoded and resized once, and the hash that names its content.
 
-    Downloads the images if `root` is missing. The array lies in `cache`, named by the hash of the image
-    files in split order and of the size, so a changed image or split makes another array.
+    Downloads the images if `root` is missing. The array is cached under the hash of the image files in split order
+    and of the size, so a changed image or split makes another array.
 
     Returns: uint8 [N, 3, size, size], memory-mapped, and the hash.
     Raises: UserError if the split or an image is missing or unreadable.
@@ -30,15 +27,12 @@ def load_images(root: str, split_dir: str, size: int, cache: Path = CACHE) -> tu
     for path in paths:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     key = digest.hexdigest()[:16]
+    resize = transforms.Compose([transforms.Resize((size, size)), transforms.PILToTensor()])
 
-    array = cache / f"{key}.npy"
-    if not array.is_file():
-        resize = transforms.Compose([transforms.Resize((size, size)), transforms.PILToTensor()])
-        # Written with plain file writes: on a full disk, those raise, where a new memory map kills the process.
-        images = np.stack([resize(read_rgb(path)).numpy() for path in tqdm(paths, desc="decoding", unit="image")])
-        with replacing(array) as temporary, temporary.open("wb") as file:
-            np.save(file, images)
-    return np.load(array, mmap_mode="c"), key
+    def decode() -> np.ndarray:
+        return np.stack([resize(read_rgb(path)).numpy() for path in tqdm(paths, desc="decoding", unit="image")])
+
+    return cached_array(f"images-{key}", decode), key
 
 
 def batch_indices(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
