@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from src.base_model import BaseGenerativeModel, BaseScheduler
 from src.network import UNet
-from src.objectives import OBJECTIVES
+from src.objectives import make_objective, parse_objective
 from src.objectives.contract import Nets, eval_mode
 from src.utils import UserError, expand_t
 
@@ -82,12 +82,12 @@ class CustomGenerativeModel(BaseGenerativeModel):
     """A flow map u(x_t, t, d) on a network, trained by one of `src/objectives/`.
 
     Args:
-        objective: a name in `src.objectives.OBJECTIVES`.
+        objective: a name in `src.objectives.OBJECTIVES`, with options as in `name/option=value`.
         image_size: height and width it is trained at; the challenge's is 64.
     """
 
     def _setup(self, objective: str = "shortcut", image_size: int = 64) -> None:
-        self.objective = OBJECTIVES[objective](self.scheduler)
+        self.objective = make_objective(objective, self.scheduler)
         self.image_size = image_size
 
     def predict(self, xt: Tensor, t: Tensor | float, d: Tensor | float | None = None) -> Tensor:
@@ -110,18 +110,32 @@ class CustomGenerativeModel(BaseGenerativeModel):
             raise ValueError("this network has no extra condition, so it cannot be asked for a jump d")
         return self.network(xt, embedded(t)).to(xt.dtype)
 
+    def velocity(self, xt: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        """The mean velocity of a jump from x_t [B, ...] to t_next, asked as the objective has taught it; times [B]."""
+        return self.predict(xt, t, self.objective.asked(t, t_next))
+
+    def jump(self, xt: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        """x_{t_next} from x_t [B, ...] by one network call; times [B]."""
+        return self.scheduler.reverse_process_step(xt, self.velocity(xt, t, t_next), t, t_next)
+
     def compute_loss(self, data: Tensor, noise: Tensor, **kwargs) -> Tensor:
         """Scalar loss of images in [-1, 1] and Gaussian noise, both [B, 3, H, W].
 
-        For loops that know nothing of an EMA: the network stands in for its own average. The engine of
-        `src/training/` calls the objective itself.
+        For loops that know nothing of an EMA: the network stands in for its own average, and the loss is that of the
+        objective's end. The engine of `src/training/` calls the objective itself.
+
+        Raises: UserError if the objective needs a teacher or a critic, which such a loop has not.
         """
-        draw = self.objective.draw(len(data))
+        if self.objective.needs_teacher:
+            raise UserError(
+                f"{type(self.objective).__name__} learns from a trained model: use train.py, which keeps one"
+            )
+        draw = self.objective.draw(data.shape)
         # Autocast caches the casts of weights; those of a pass without gradient would serve the student's next
         # one, which would then train nothing.
         kind = data.device.type
         with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
-            loss, _ = self.objective.loss(Nets(student=self, ema=self), data, noise, step=0, draw=draw)
+            loss, _ = self.objective.loss(Nets(student=self, ema=self), data, noise, 1.0, draw)
         return loss.mean()
 
     @torch.no_grad()
@@ -132,6 +146,7 @@ class CustomGenerativeModel(BaseGenerativeModel):
         return_traj: bool = False,
         verbose: bool = False,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor | list[Tensor]:
         """Generate images with exactly `num_inference_timesteps` network calls (NFE).
 
@@ -141,16 +156,16 @@ class CustomGenerativeModel(BaseGenerativeModel):
             verbose: show a progress bar.
             generator: source of the noise; a list of B generators makes each image depend on its own alone.
                 Default: the device's global generator.
+            noise: start from this, of `shape`, instead of drawing any.
         Returns: float32 images on the model's device, about [-1, 1], not clamped.
         """
-        x = self._noise(shape, generator)
+        x = self._noise(shape, generator) if noise is None else noise.to(self.device)
         traj = [x]
         grid = self.scheduler.time_grid(num_inference_timesteps)
         with eval_mode(self):
             for t, t_next in tqdm(list(zip(grid, grid[1:], strict=False)), disable=not verbose, desc="sampling"):
                 t, t_next = x.new_full((len(x),), t), x.new_full((len(x),), t_next)
-                pred = self.predict(x, t, t - t_next if self.objective.learns_jumps else None)
-                x = self.scheduler.reverse_process_step(x, pred, t, t_next)
+                x = self.jump(x, t, t_next)
                 traj.append(x)
         return traj if return_traj else x
 
@@ -181,7 +196,7 @@ def create_custom_model(
 
     Args:
         objective: default "shortcut"; but "rectified_flow" for a config that turns the condition off, as
-            those of the challenge's base code do.
+            those of the challenge's base code do. With options: "name/option=value/...".
         use_additional_condition: default: whatever the objective needs. True adds the condition anyway.
         num_train_timesteps, time_sampling, time_grids: see `CustomScheduler`.
         unet: "full" is the challenge's; "small" is for tests and experiments.
@@ -193,14 +208,10 @@ def create_custom_model(
         raise UserError(f"unknown model setting {', '.join(map(repr, unknown))}: is this config from another project?")
     if objective is None:
         objective = "rectified_flow" if use_additional_condition is False else "shortcut"
-    for name, value, known in (
-        ("objective", objective, OBJECTIVES),
-        ("unet", unet, UNETS),
-        ("image_size", image_size, IMAGE_SIZES),
-    ):
+    for name, value, known in (("unet", unet, UNETS), ("image_size", image_size, IMAGE_SIZES)):
         if value not in known:
             raise UserError(f"unknown {name} {value!r}: choose one of {', '.join(map(str, known))}")
-    needed = OBJECTIVES[objective].needs_condition
+    needed = parse_objective(objective)[0].needs_condition
     if needed and use_additional_condition is False:
         raise UserError(f"the objective {objective} needs the extra condition, but use_additional_condition is false")
 

@@ -1,6 +1,7 @@
 """Train the flow map on the Simpsons faces: `python train.py`. The same command with the same --save_dir resumes."""
 
 import argparse
+import hashlib
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -10,14 +11,14 @@ import torch
 from custom_model import IMAGE_SIZES, TIME_SAMPLINGS, UNETS, create_custom_model
 from src.evaluation.scoring import Scorer
 from src.images import DATA_ROOT
-from src.objectives import OBJECTIVES
+from src.objectives import OBJECTIVES, make_objective, parse_objective, parse_stages
 from src.submission.export import TARGET, export
 from src.training.data import load_images
 from src.training.distributed import World, joined
-from src.training.engine import Recipe, train
+from src.training.engine import Recipe, plan, train
 from src.training.estimate import estimate
 from src.training.record import environment
-from src.utils import get_current_time, one_line_errors, seed_everything
+from src.utils import UserError, get_current_time, load_model, one_line_errors, seed_everything
 
 # Recipes for those who do not want to improvise; every value can be overridden by its flag. The rates are low because
 # this network does not leave the mean image at 4e-4 (benchmarks/LOG.md).
@@ -61,7 +62,15 @@ def parse_arguments() -> argparse.Namespace:
     # Ours.
     add("--preset", choices=PRESETS, help="a recipe; flags given beside it win")
     add("--dry_run", action="store_true", help="print what would be done, with estimates, and stop")
-    add("--objective", choices=OBJECTIVES, default="shortcut")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--objective", metavar="NAME[/OPTION=VALUE...]", help=f"one of {', '.join(OBJECTIVES)}")
+    what.add_argument("--stages", default="shortcut:1", metavar="OBJECTIVE:SHARE,...",
+                      help="several objectives in turn, each from the EMA of the last")  # fmt: skip
+    add(
+        "--teacher",
+        metavar="CKPT",
+        help="a trained model that the first stage starts and, if it needs one, learns from",
+    )
     add("--time_sampling", choices=TIME_SAMPLINGS, default="uniform")
     add("--unet", choices=UNETS, default="full", help="small: experiments only, no submission")
     add("--image_size", type=int, choices=IMAGE_SIZES, default=64, help="32: experiments only")
@@ -82,6 +91,8 @@ def parse_arguments() -> argparse.Namespace:
     preset = parser.parse_known_args()[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))
     args = parser.parse_args()
+    if args.objective:
+        args.stages = f"{args.objective}:1"
     if args.eval_samples < 2:
         parser.error("--eval_samples must be at least 2")
     if args.features and not args.eval_interval:
@@ -89,48 +100,86 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def start_from(path: str, model) -> str:
+    """Give `model` the weights of a checkpoint and the objective they were trained with; the weights' hash.
+
+    Raises: UserError if the checkpoint's network is another one.
+    """
+    teacher = load_model(path, create_custom_model, model.device)
+    facts = {
+        "--image_size": lambda m: m.image_size,
+        "--num_train_timesteps": lambda m: m.scheduler.num_train_timesteps,
+        "--use_additional_condition": lambda m: m.network.use_additional_condition,
+        "the U-Net's parameters": lambda m: sum(p.numel() for p in m.parameters()),
+    }
+    unfit = [
+        f"{name} {fact(teacher)}, here {fact(model)}" for name, fact in facts.items() if fact(teacher) != fact(model)
+    ]
+    if unfit:
+        raise UserError(f"the teacher {path} does not fit: {'; '.join(unfit)}. Pass what it was trained with")
+    model.load_state_dict(teacher.state_dict())
+    model.objective = teacher.objective
+    digest = hashlib.sha256()
+    for value in teacher.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
     default_dir = Path(args.save_dir) == Path("results")
     save_dir = Path("results") / get_current_time() if default_dir else Path(args.save_dir)
-    with world.one_a_machine_first():
-        images, data_hash = load_images(args.data_root, args.split_dir, args.image_size)
+    shares = parse_stages(args.stages)
+    kinds = [parse_objective(name)[0] for name, _ in shares]
+    if kinds[0].needs_teacher and not args.teacher:
+        raise UserError(
+            f"{shares[0][0]} learns from a trained model: name its checkpoint with --teacher, "
+            f"or train one before it: --stages rectified_flow:0.5,{shares[0][0]}:0.5"
+        )
     settings = {
-        "objective": args.objective,
-        "use_additional_condition": args.use_additional_condition,
+        "use_additional_condition": bool(args.use_additional_condition) or any(k.needs_condition for k in kinds),
         "num_train_timesteps": args.num_train_timesteps,
         "unet": args.unet,
         "image_size": args.image_size,
         "time_sampling": args.time_sampling,
     }
+    with world.one_a_machine_first():
+        images, data_hash = load_images(args.data_root, args.split_dir, args.image_size)
     seed_everything(args.seed)
-    model = create_custom_model(device, **settings)
+    model = create_custom_model(device, objective=shares[0][0], **settings)
+    teacher_hash = start_from(args.teacher, model) if args.teacher else None
+    stages = plan(shares, lambda name: make_objective(name, model.scheduler), recipe.num_iterations)
     model_config = {
         "model_type": type(model).__name__,
         "scheduler_type": type(model.scheduler).__name__,
         **settings,
-        "use_additional_condition": model.network.use_additional_condition,
     }
     arguments = {**vars(args), "save_dir": str(save_dir), "device": str(device)}
     if args.dry_run:
-        needs = estimate(model, torch.from_numpy(images).to(device), recipe, world)
-        data = {"images": len(images), "hash": data_hash}
-        plan = {"arguments": arguments, "model_config": model_config, "data": data, "processes": world.size,
-                "environment": environment(device), "estimate": needs}  # fmt: skip
+        needs = estimate(model, images, recipe, stages, world)
+        intended = {
+            "arguments": arguments,
+            "model_config": model_config,
+            "data": {"images": len(images), "hash": data_hash},
+            "stages": [{"objective": stage.name, "steps": stage.steps} for stage in stages],
+            "processes": world.size,
+            "environment": environment(device),
+            "estimate": needs,
+        }
         if world.rank == 0:
-            print(json.dumps(plan, indent=2))
+            print(json.dumps(intended, indent=2))
         return
 
     if world.rank == 0:
         count = sum(p.numel() for p in model.parameters())
-        print(f"{args.objective} on {len(images)} images ({data_hash}), {count:,} parameters, "
+        print(f"{', '.join(name for name, _ in shares)} on {len(images)} images ({data_hash}), {count:,} parameters, "
               f"{world.size} x {device.type} -> {save_dir}")  # fmt: skip
     evaluate = None
     if args.eval_interval and world.rank == 0:
         evaluate = Scorer(
             args.data_root, args.split_dir, args.image_size, args.eval_samples, args.features, device, args.seed
         )
-    train(model, model_config, images, data_hash, recipe, save_dir, arguments, world, evaluate)
+    train(model, model_config, images, data_hash, recipe, stages, save_dir, arguments, world, evaluate, teacher_hash)
     if world.rank > 0:
         return
     print(f"\nDone: {save_dir}")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from custom_model import create_custom_model
 from dataset import SimpsonsDataModule, get_data_iterator
 from src.training.data import load_images
-from src.training.engine import Recipe, Training
+from src.training.engine import Recipe, Stage, Training
 from src.utils import one_line_errors, pick_device
 
 TRAINING_FLOP = 268e9  # of one 64x64 image through the challenge's U-Net, forward and backward
@@ -61,7 +61,8 @@ def engine(args, device: torch.device):
     torch.manual_seed(0)
     model = create_custom_model(device, objective=args.objective)
     images, _ = load_images(args.data_root, args.split_dir, 64)
-    return Training(model, images, Recipe(batch_size=args.batch_size)).step
+    recipe = Recipe(batch_size=args.batch_size)
+    return Training(model, images, recipe, [Stage(args.objective, model.objective, recipe.num_iterations)]).step
 
 
 def matrix_rate(device: torch.device) -> float:

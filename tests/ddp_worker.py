@@ -6,6 +6,7 @@ import sys
 import torch
 
 from custom_model import create_custom_model
+from src.objectives.contract import Nets
 from src.training.data import load_images
 from src.training.distributed import joined
 from src.training.engine import Loss, accumulate_gradient, global_batch
@@ -21,9 +22,10 @@ with joined("cpu") as (world, device):
         for p in model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=generator))
     model.eval()  # dropout's masks do differ between processes
-    loss_module = world.wrap(Loss(model, copy.deepcopy(model)))
+    nets = Nets(model, copy.deepcopy(model))
+    loss_module = world.wrap(Loss(model.objective.loss, nets, model))
     data, noise, draw = global_batch(images, model.objective, 16, seed=3, step=5, world=world)
-    logs = accumulate_gradient(loss_module, data, noise, draw, 5, slices=2, world=world)
+    logs = accumulate_gradient(loss_module, data, noise, draw, 0.0, slices=2, world=world)
     mean = world.mean(torch.cat(logs["loss"]))
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.save(

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,27 @@ def test_two_processes_train_and_one_goes_on(faces, workdir, script_env):
 
     result = torchrun(2, workdir, script_env, ROOT / "train.py", *flags, "--num_iterations", "6", "--batch_size", "7")
     assert result.returncode != 0 and result.stderr.count("error: --batch_size 7 does not split over 2") == 1
+
+
+def test_two_processes_go_through_stages_with_pairs_and_a_critic(faces, workdir, script_env):
+    stages = "rectified_flow:0.34,reflow/pairs=100/solver_steps=1:0.33,adversarial:0.33"
+    result = torchrun(
+        2, workdir, script_env, ROOT / "train.py", "--data_root", faces, "--split_dir", faces, "--unet", "small",
+        "--image_size", "32", "--device", "cpu", "--batch_size", "4", "--save_dir", "run", "--log_interval", "1",
+        "--stages", stages, "--num_iterations", "6",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (workdir / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == [0, 0, 1, 1, 2, 2] and "critic_right" in rows[-1]
+    # Each process made one of the two chunks; that the images are the teacher's, the run has checked itself.
+    (folder,) = (workdir / "data/cache").glob("pairs-*")
+    assert np.load(folder / "done.npy").tolist() == [True, True]
+    assert (np.abs(np.load(folder / "images.npy").astype(np.float32)).reshape(100, -1).max(axis=1) > 0.5).all()
+    kept = torch.load(workdir / "run/last.ckpt", weights_only=True)
+    assert set(kept["training"]) >= {"teacher", "critic", "critic_optimizer"}
+    exported = torch.load(workdir / "run/final_model.pt", weights_only=True)
+    assert set(exported) == {"state_dict", "model_config", "provenance"}
+    assert not [name for name in exported["state_dict"] if not name.startswith("network.")]
 
 
 def test_a_signal_to_torchrun_saves_before_all_stop(faces, workdir, script_env):

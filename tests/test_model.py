@@ -144,7 +144,7 @@ def test_factory_settles_objective_and_condition(config, objective, condition):
     "config, message",
     [
         ({"lr": 1e-4}, "unknown model setting 'lr'"),
-        ({"objective": "gan"}, "unknown objective 'gan'.*rectified_flow, shortcut"),
+        ({"objective": "gan"}, "unknown objective 'gan'.*rectified_flow, reflow, shortcut"),
         ({"unet": "huge"}, "unknown unet"),
         ({"image_size": 48}, "unknown image_size 48"),
         ({"time_sampling": "cosine"}, "unknown time_sampling"),

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from toy import one_stage
 
 from custom_model import create_custom_model
-from src.objectives import OBJECTIVES
 from src.training.__main__ import rebuild
 from src.training.data import load_images
 from src.training.ema import PowerEMA, gamma_of
@@ -31,7 +31,7 @@ def run(faces: str, save_dir: str, steps: int = STEPS) -> None:
     images, key = load_images(faces, faces, 32)
     model = create_custom_model(objective="shortcut", unet="small", image_size=32)
     recipe = Recipe(batch_size=4, num_iterations=steps, lr=1e-3, warmup=2, log_interval=1, save_interval=5)
-    train(model, {"objective": "shortcut"}, images, key, recipe, Path(save_dir), {})
+    train(model, {}, images, key, recipe, one_stage(model, steps, "shortcut"), Path(save_dir), {})
 
 
 def tensors(tree) -> list[torch.Tensor]:
@@ -110,7 +110,7 @@ def test_a_checkpoint_from_a_device_with_another_layout_is_restored(faces, workd
     def fresh():
         torch.manual_seed(0)
         model = create_custom_model(objective="rectified_flow", unet="small", image_size=32)
-        return Training(model, images, Recipe(batch_size=8, warmup=1))
+        return Training(model, images, Recipe(batch_size=8, warmup=1), one_stage(model))
 
     here = fresh()
     here.step()
@@ -125,26 +125,6 @@ def test_a_checkpoint_from_a_device_with_another_layout_is_restored(faces, workd
         training.step()
     for a, b in zip(here.model.parameters(), there.model.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_an_objectives_own_state_is_resumed(faces, workdir, monkeypatch):
-    class Counting(OBJECTIVES["rectified_flow"]):
-        steps = 0
-
-        def after_step(self, nets, step):
-            self.steps += 1
-            assert step == self.steps and nets.student.training and not nets.ema.training
-
-        def state_dict(self):
-            return {"steps": self.steps}
-
-        def load_state_dict(self, state):
-            self.steps = state["steps"]
-
-    monkeypatch.setitem(OBJECTIVES, "shortcut", Counting)
-    run(str(faces), "run", 3)
-    run(str(faces), "run", 5)
-    assert torch.load("run/last.ckpt", weights_only=True)["training"]["objective"] == {"steps": 5}
 
 
 def test_leftovers_of_killed_saves_are_cleared_and_a_whole_next_checkpoint_is_used(faces, workdir):
@@ -191,7 +171,7 @@ def test_any_length_is_rebuilt_from_the_kept_averages(tmp_path):
         target.update(model, step)
         if step % 100 == 0:
             halves = {s: {name: value.half() for name, value in a.items()} for s, a in ema.averages.items()}
-            torch.save({"step": step, "averages": halves}, tmp_path / f"averages/{step}.pt")
+            torch.save({"stage": 0, "age": step, "averages": halves}, tmp_path / f"averages/{step}.pt")
     wanted = target.averages["0.07"]["weight"]
     step, rebuilt = rebuild(tmp_path, 0.07, None)
     error = (rebuilt["weight"] - wanted).norm()

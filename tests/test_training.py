@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy import one_stage
 
 import train as train_py
 from custom_model import create_custom_model
+from src.objectives.contract import Nets
 from src.training.data import batch_indices, load_images, to_batch
 from src.training.distributed import World
 from src.training.ema import EMA, gamma_of
 from src.training.engine import Loss, Recipe, accumulate_gradient, train
 from src.training.estimate import estimate
-from src.utils import UserError, load_model, tensor_to_pil_image
+from src.utils import UserError, load_model, save_model, tensor_to_pil_image
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--unet", "small", "--image_size", "32", "--device", "cpu", "--batch_size", "8", "--warmup", "2"]
@@ -159,12 +161,44 @@ def test_dry_run_prints_the_plan_and_trains_nothing(faces, workdir, script_env):
     [
         (["--features", "x.pt"], "give --eval_interval too"),
         (["--eval_samples", "1"], "at least 2"),
-        (["--objective", "gan"], "invalid choice: 'gan' (choose from 'rectified_flow', 'shortcut')"),
+        (["--objective", "shortcut", "--stages", "rectified_flow:1"], "not allowed with argument"),
     ],
 )
 def test_flags_that_would_be_ignored_are_refused(faces, workdir, script_env, flags, message):
     result = train_script(faces, workdir, script_env, *flags)
     assert result.returncode == 2 and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--objective", "gan"], "unknown objective 'gan': choose one of rectified_flow, reflow, shortcut"),
+        (["--stages", "rectified_flow:0.5,shortcut:0.4"], "must add up to 1"),
+        (["--objective", "reflow"], "reflow learns from a trained model: name its checkpoint with --teacher"),
+        (["--objective", "reflow", "--teacher", "missing.pt"], "no checkpoint at missing.pt"),
+    ],
+)
+def test_objectives_that_cannot_be_trained_are_refused(faces, workdir, script_env, flags, message):
+    result = train_script(faces, workdir, script_env, *flags)
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and last.startswith("error: ") and message in last
+    assert "Traceback" not in result.stderr and not (workdir / "results").exists()
+
+
+def test_a_teacher_must_fit_and_is_what_the_run_starts_from(faces, workdir, randomised):
+    model = randomised(create_custom_model(unet="small", image_size=32, objective="rectified_flow"))
+    save_model(model, "teacher/model.pt", {"unet": "small", "image_size": 32, "objective": "rectified_flow"})
+    student = create_custom_model(unet="small", image_size=32, objective="reflow")
+    assert len(train_py.start_from("teacher/model.pt", student)) == 16
+    assert torch.equal(student.network.head.weight, model.network.head.weight)
+    assert type(student.objective).__name__ == "RectifiedFlow"
+    other = create_custom_model(unet="small", image_size=64, objective="shortcut", num_train_timesteps=16)
+    with pytest.raises(
+        UserError,
+        match="teacher/model.pt does not fit: --image_size 32, here 64; --num_train_timesteps 1000, here 16; "
+        "--use_additional_condition False, here True",
+    ):
+        train_py.start_from("teacher/model.pt", other)
 
 
 def test_slices_fit_the_micro_batch_and_are_equal():
@@ -176,12 +210,11 @@ def test_slices_fit_the_micro_batch_and_are_equal():
 
 
 def test_memory_estimate_counts_what_autograd_keeps():
-    images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    images = np.zeros((32, 3, 32, 32), np.uint8)
     needs = []
-    images = images.repeat(4, 1, 1, 1)
     for size in (8, 16, 32):
         model = create_custom_model(objective="shortcut", unet="small", image_size=32)
-        needs.append(estimate(model, images, Recipe(batch_size=size, micro_batch=16), World()))
+        needs.append(estimate(model, images, Recipe(batch_size=size, micro_batch=16), one_stage(model), World()))
         assert all(p.grad is None for p in model.parameters())
     assert needs[2]["activations_gb"] == pytest.approx(needs[1]["activations_gb"], rel=0.2)
     assert needs[1]["activations_gb"] == pytest.approx(2 * needs[0]["activations_gb"], rel=0.2, abs=0.02)
@@ -227,7 +260,15 @@ def small_run(faces, workdir):
         model = model or create_custom_model(objective="rectified_flow", unet="small", image_size=32)
         recipe = Recipe(**{"batch_size": 8, "num_iterations": steps, "save_interval": 2, "log_interval": 1, **recipe})
         train(
-            model, {"objective": "rectified_flow"}, images, key, recipe, save_dir, {"lr": recipe.lr}, evaluate=evaluate
+            model,
+            {},
+            images,
+            key,
+            recipe,
+            one_stage(model, steps, "rectified_flow"),
+            save_dir,
+            {"lr": recipe.lr},
+            evaluate=evaluate,
         )
         return save_dir
 
@@ -328,8 +369,8 @@ def test_bf16_is_used_where_it_is_asked_for():
     data = torch.randn(8, 3, 32, 32)
     for bf16, kind in ((True, torch.bfloat16), (False, torch.float32)):
         kinds.clear()
-        loss_module = Loss(model, copy.deepcopy(model).eval())
-        accumulate_gradient(loss_module, data, torch.randn_like(data), model.objective.draw(8), 0, bf16=bf16)
+        loss_module = Loss(model.objective.loss, Nets(model, copy.deepcopy(model).eval()), model)
+        accumulate_gradient(loss_module, data, torch.randn_like(data), model.objective.draw(data.shape), 0.0, bf16=bf16)
         assert kinds == {kind}
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
         model.zero_grad()

@@ -2,17 +2,17 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.nn as nn
 
 from custom_model import CustomGenerativeModel, CustomScheduler
-from src.objectives import OBJECTIVES
-from src.training.ema import EMA
-from src.training.engine import Loss, accumulate_gradient
+from src.objectives import make_objective, parse_stages
+from src.training.engine import Recipe, Stage, Training, plan
 
 
 class MLP(nn.Module):
-    """u(x, t, d) for points [B, 2], with the U-Net's call and its times scaled by 1000."""
+    """u(x, t, d) for points [B, 1, 1, 2], with the U-Net's call and its times scaled by 1000."""
 
     def __init__(self, use_additional_condition: bool, width: int = 128):
         super().__init__()
@@ -34,10 +34,26 @@ class MLP(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
     def forward(self, x, timestep, condition=None):
-        parts = [x, self.embed(timestep)]
+        parts = [x.flatten(1), self.embed(timestep)]
         if self.use_additional_condition:
             parts.append(self.embed(condition))
-        return self.layers(torch.cat(parts, dim=-1))
+        return self.layers(torch.cat(parts, dim=-1)).reshape(x.shape)
+
+
+class GaussianField(nn.Module):
+    """The exact velocity for data N(0, SIGMA^2): the flow keeps x_t in proportion to its spread."""
+
+    SIGMA = 0.5
+    use_additional_condition = False
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))  # a model asks its parameters for the device
+
+    def forward(self, x, timestep):
+        t = (timestep / 1000).reshape(-1, *[1] * (x.ndim - 1))
+        variance = ((1 - t) * self.SIGMA).square() + t.square()
+        return (t - (1 - t) * self.SIGMA**2) / variance * x
 
 
 def mixture(count: int, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -55,29 +71,39 @@ def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, directions: int = 64) -
     return difference.square().mean().sqrt().item()
 
 
-def train_on_mixture(name: str, steps: int = 2000, batch: int = 512, lr: float = 2e-3) -> CustomGenerativeModel:
-    """The EMA model of an objective after `steps` of Adam with linear decay, everything from seed 0."""
+def one_stage(model: CustomGenerativeModel, steps: int = 100, name: str = "only") -> list[Stage]:
+    """All of a training with the model's own objective."""
+    return [Stage(name, model.objective, steps)]
+
+
+def as_images(points: torch.Tensor) -> np.ndarray:
+    """Points in [-1, 1], [N, 2], as the engine wants its data: uint8 [N, 1, 1, 2]. Its flips exchange x and y."""
+    return ((points.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()[:, None, None]
+
+
+def train_on_mixture(
+    stages: str, steps: int = 2000, batch: int = 512, lr: float = 2e-3, time_scale=1000
+) -> CustomGenerativeModel:
+    """The engine's EMA model after `steps` with `stages`, everything from seed 0."""
     torch.manual_seed(0)
-    network = MLP(use_additional_condition=OBJECTIVES[name].needs_condition)
-    model = CustomGenerativeModel(network, CustomScheduler(), objective=name)
-    ema = EMA(model, decay=0.99)
-    loss_module = Loss(model, ema.model)
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (1 - step / steps)
-        data = mixture(batch)
-        accumulate_gradient(loss_module, data, torch.randn_like(data), model.objective.draw(batch), step)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(model, step + 1)
-    return ema.model
+    model = CustomGenerativeModel(
+        MLP(use_additional_condition=True), CustomScheduler(time_scale), objective="rectified_flow"
+    )
+    recipe = Recipe(batch, steps, lr, warmup=0, lr_decay_start=steps // 4, weight_decay=0.0, ema_decay=0.99, seed=0)
+    planned = plan(parse_stages(stages), lambda name: make_objective(name, model.scheduler), steps)
+    images = as_images(mixture(20_000, torch.Generator().manual_seed(3)))
+    training = Training(model, images, recipe, planned)
+    training.bf16 = False
+    for _ in range(steps):
+        training.step()
+    return training.ema.model
 
 
 def distances(model: CustomGenerativeModel, nfes=(1, 2, 4), count: int = 4000) -> dict[int, float]:
     """Sliced Wasserstein distance of samples to fresh points of the mixture, from the same noise at each NFE."""
     target = mixture(count, torch.Generator().manual_seed(7))
-    return {
-        nfe: sliced_wasserstein(model.sample((count, 2), nfe, generator=torch.Generator().manual_seed(1)), target)
-        for nfe in nfes
-    }
+    found = {}
+    for nfe in nfes:
+        samples = model.sample((count, 1, 1, 2), nfe, generator=torch.Generator().manual_seed(1))
+        found[nfe] = sliced_wasserstein(samples.flatten(1), target)
+    return found

@@ -1,23 +1,28 @@
 """What every training objective offers, and what it is given.
 
 An objective is a loss on the flow map u(x_t, t, d), the mean velocity from time t down to t - d, so that
-x_{t-d} = x_t - d * u(x_t, t, d). d = 0 is the instantaneous velocity. A class in a file of its own:
+x_{t-d} = x_t - d * u(x_t, t, d). d = 0 is the instantaneous velocity. A class in a file of its own, its options
+being dataclass fields:
 
+    @dataclass(eq=False)
     class Name(Objective):
-        needs_condition = ...  # does the network embed d?
-        learns_jumps = ...     # at sampling, is the network asked for the jump's d, or for d = 0?
+        option: float = 0.5
 
-        def draw(self, batch_size) -> dict[str, Tensor]
-        def loss(self, nets, data, noise, step, draw) -> tuple[Tensor, dict[str, Tensor]]
+        def draw(self, shape) -> dict[str, Tensor]
+        def loss(self, nets, data, noise, progress, draw) -> tuple[Tensor, dict[str, Tensor]]
 
-`draw` makes every random choice of one global batch at once: tensors [batch_size, ...] on the CPU, which
-the engine slices along with the data. So neither accumulation nor the number of processes changes what is
+`draw` makes every random choice of one global batch of `shape` [B, ...] at once: tensors [B, ...] on the CPU,
+which the engine slices along with the data. So neither accumulation nor the number of processes changes what is
 learned from a sample. `loss` returns the per-sample loss [B], unreduced, and logs: a 1-d tensor of per-sample
-values for each name, of any length, averaged by the engine.
+values for each name, of any length, averaged by the engine. `progress` in [0, 1] is the share of the stage done.
+
+An objective with a critic also has `make_critic`, and `critic_loss` like `loss`; the engine steps the critic's own
+optimizer `critic_steps` times before each step of the student.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch.nn as nn
@@ -25,30 +30,45 @@ from torch import Tensor
 
 
 class Nets(NamedTuple):
-    """The models an objective may ask for, each with `predict(xt, t, d)`."""
+    """The models an objective may ask for; all but the critic with `predict(xt, t, d)` and `jump(xt, t, t_next)`."""
 
     student: nn.Module
     ema: nn.Module
+    teacher: nn.Module | None = None  # the frozen model that the stage began with
+    critic: nn.Module | None = None
 
 
+@dataclass(eq=False)
 class Objective:
-    """What an objective has that it does not say itself."""
+    """What an objective has that it does not say itself.
 
-    needs_condition: bool
-    learns_jumps: bool
+    Args:
+        rate: multiple of the run's learning rate.
+    """
 
-    def __init__(self, scheduler):
-        self.scheduler = scheduler
+    scheduler: nn.Module
+    rate: float = 1.0
 
-    def after_step(self, nets: Nets, step: int) -> None:
-        """Called after the `step`-th optimizer step (from 1): schedules, a teacher's refresh."""
+    needs_condition = True  # does the network embed d?
+    needs_teacher = False
+    follows_progress = False  # does the loss change over the stage?
+    pairs = 0  # (noise, image) pairs that the teacher generates before the stage begins
+    critic_steps = 0
+    beta1 = None  # of Adam, for student and critic, where the run's will not do
+    citations = ()  # arXiv identifiers
 
-    def state_dict(self) -> dict:
-        """What resuming needs of the objective: tensors and JSON types."""
-        return {}
+    @classmethod
+    def unfold(cls, options: dict) -> list[dict]:
+        """The options of each of the stages that one stage of this objective stands for."""
+        return [options]
 
-    def load_state_dict(self, state: dict) -> None:
-        """Take back what `state_dict` gave."""
+    def asked(self, t: Tensor, t_next: Tensor) -> Tensor | None:
+        """The d that the network is asked for to jump from t to t_next; None: the instantaneous velocity."""
+        return t - t_next
+
+    def make_critic(self, model: nn.Module, shape: tuple[int, ...]) -> nn.Module | None:
+        """A new critic of samples [B, *shape] for a stage that begins with `model`."""
+        return None
 
 
 @contextmanager

@@ -13,6 +13,9 @@ from src.utils import UserError, one_line_errors, read_checkpoint, writing_check
 def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict[str, torch.Tensor]]:
     """The average of relative width `sigma_rel` at `step` (None: the last kept), as float32 weights.
 
+    The width is relative to the steps of the stage that the step belongs to.
+
+
     Raises: UserError if the run kept no averages, or the width is outside of what they can tell.
     """
     if not 0.01 <= sigma_rel <= 0.25:
@@ -23,8 +26,14 @@ def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict[st
     if not steps or steps[-1] != step:
         raise UserError(f"{run}/averages holds none of step {step}: its steps are {steps or 'none'}")
     files = [read_checkpoint(run / f"averages/{kept}.pt") for kept in steps]
-    kept = [(file["step"], float(sigma), average) for file in files for sigma, average in file["averages"].items()]
-    weights, error = rebuilding_weights([(at, sigma) for at, sigma, _ in kept], step, sigma_rel)
+    last = files[-1]
+    kept = [
+        (file["age"], float(sigma), average)
+        for file in files
+        if file["stage"] == last["stage"]
+        for sigma, average in file["averages"].items()
+    ]
+    weights, error = rebuilding_weights([(age, sigma) for age, sigma, _ in kept], last["age"], sigma_rel)
     if error > 0.05:
         raise UserError(
             f"the averages kept at {steps} cannot tell the one of width {sigma_rel} at {step} (they miss it by "
@@ -42,7 +51,7 @@ def main() -> None:
     commands = root.add_subparsers(required=True, metavar="command")
     parser = commands.add_parser("ema", help="rebuild an average of the weights of another length")
     parser.add_argument("run_dir", type=Path, help="a folder that train.py wrote")
-    parser.add_argument("--sigma_rel", type=float, required=True, help="width as a share of the training so far")
+    parser.add_argument("--sigma_rel", type=float, required=True, help="width as a share of the stage so far")
     parser.add_argument("--step", type=int, help="one that the run saved at; left out, the last")
     args = root.parse_args()
 

@@ -77,8 +77,12 @@ def best_score(save_dir: Path, scorer: str) -> float:
     return facts["ratio"] if facts.get("scorer") == scorer else math.inf
 
 
-def save_averages(save_dir: Path, step: int, averages: dict[str, dict[str, Tensor]]) -> None:
-    """Keep the power-function averages of this step in half precision, for `python -m src.training ema`."""
+def save_averages(save_dir: Path, step: int, averages: dict[str, dict[str, Tensor]], stage: int, age: int) -> None:
+    """Keep the power-function averages of this step in half precision, for `python -m src.training ema`.
+
+    Args:
+        stage, age: the stage's index, and how many of its steps the averages are of.
+    """
     halves = {width: {name: value.half() for name, value in average.items()} for width, average in averages.items()}
     with writing_checkpoint(save_dir / f"averages/{step}.pt") as temporary:
-        torch.save({"step": step, "averages": halves}, temporary)
+        torch.save({"stage": stage, "age": age, "averages": halves}, temporary)

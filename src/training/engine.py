@@ -1,5 +1,6 @@
 """The training loop that every objective shares."""
 
+import copy
 import math
 import shutil
 import signal
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +18,12 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-from src.objectives.contract import Nets
+from src.objectives.contract import Nets, Objective
 from src.training.checkpoints import best_score, clear_leftovers, load_last, save_averages, save_last
 from src.training.data import batch_indices, to_batch
 from src.training.distributed import World
 from src.training.ema import EMA, PowerEMA
+from src.training.pairs import load_pairs
 from src.training.record import Metrics, RunRecord, early_preview, environment, plot_curves, save_previews
 from src.utils import UserError, save_model, write_json
 
@@ -96,16 +99,47 @@ class Recipe:
 FREE = ("num_iterations", "micro_batch", "log_interval", "save_interval", "eval_interval", "max_minutes")
 
 
+class Stage(NamedTuple):
+    """A share of the training with one objective; each stage starts from the EMA of the one before."""
+
+    name: str  # as `--stages` writes it
+    objective: Objective
+    steps: int
+
+
+def plan(shares: list[tuple[str, float]], make: Callable[[str], Objective], num_iterations: int) -> list[Stage]:
+    """Stages of whole steps from their names and shares; UserError if one would have none.
+
+    Args:
+        make: the objective of a name.
+    """
+    ends = np.cumsum([0.0] + [share for _, share in shares])
+    ends = [round(end * num_iterations) for end in ends.tolist()]
+    stages = [Stage(name, make(name), b - a) for (name, _), a, b in zip(shares, ends, ends[1:], strict=False)]
+    for stage in stages:
+        if stage.steps < 1:
+            raise UserError(
+                f"stage {stage.name} has no step of the {num_iterations}: raise --num_iterations or its share"
+            )
+    return stages
+
+
 class Loss(nn.Module):
-    """The objective's loss as a forward pass, which is what DDP synchronises the gradients of."""
+    """An objective's loss as a forward pass, which is what DDP synchronises the gradients of.
 
-    def __init__(self, model: nn.Module, ema: nn.Module):
+    Args:
+        loss: `loss` or `critic_loss` of an objective.
+        trained: the one of `nets` that it trains.
+    """
+
+    def __init__(self, loss: Callable, nets: Nets, trained: nn.Module):
         super().__init__()
-        self.model = model
-        self.others = [ema]  # in a list, so that it is no submodule and DDP leaves it alone
+        self.trained = trained
+        self.call = [loss, nets]  # in a list, so that the others are no submodules and DDP leaves them alone
 
-    def forward(self, data: Tensor, noise: Tensor, step: int, draw: dict[str, Tensor]):
-        return self.model.objective.loss(Nets(self.model, *self.others), data, noise, step, draw)
+    def forward(self, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]):
+        loss, nets = self.call
+        return loss(nets, data, noise, progress, draw)
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -126,17 +160,40 @@ def seed_step(seed: int, step: int, stream: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0]))
 
 
-def global_batch(images: Tensor, objective, batch_size: int, seed: int, step: int, world: World):
+CRITIC = 1_000_000  # the random streams of the critic's batches and of its first weights begin here
+
+
+def global_batch(
+    images: Tensor,
+    objective: Objective,
+    batch_size: int,
+    seed: int,
+    step: int,
+    world: World,
+    pairs: tuple[np.ndarray, np.ndarray] | None = None,
+    stream: int = 0,
+):
     """This process's rows of the step's batch: data, noise [B, 3, H, W], and the objective's draws.
 
     Every process draws the whole batch's randomness and keeps its own rows, so that their number changes nothing.
+
+    Args:
+        pairs: noise and images, for the rows where the objective draws a "pair".
+        stream: 0 for the student; each of the critic's rounds in a step has its own, and another order of the images.
     """
-    seed_step(seed, step, stream=0)
-    data = to_batch(images, batch_indices(len(images), batch_size, seed, step))
+    seed_step(seed, step, stream)
+    data = to_batch(images, batch_indices(len(images), batch_size, seed + stream, step))
     noise = torch.randn_like(data)
-    draw = objective.draw(batch_size)
+    draw = objective.draw(tuple(data.shape))
     rows = slice(world.rank * batch_size // world.size, (world.rank + 1) * batch_size // world.size)
-    return data[rows], noise[rows], {name: value[rows] for name, value in draw.items()}
+    data, noise, draw = data[rows], noise[rows], {name: value[rows] for name, value in draw.items()}
+    if pairs is not None:
+        pair = draw.pop("pair")
+        here = (pair >= 0).nonzero().squeeze(1)
+        taken = pair[here].numpy()
+        for batch, source in zip((noise, data), pairs, strict=True):
+            batch[here.to(batch.device)] = torch.from_numpy(source[taken]).to(batch.device, batch.dtype)
+    return data, noise, draw
 
 
 def accumulate_gradient(
@@ -144,7 +201,7 @@ def accumulate_gradient(
     data: Tensor,
     noise: Tensor,
     draw: dict[str, Tensor],
-    step: int,
+    progress: float,
     slices: int = 1,
     bf16: bool = False,
     world: World = World(),  # noqa: B008 (an immutable tuple)
@@ -158,9 +215,11 @@ def accumulate_gradient(
     for i in range(slices):
         rows = slice(i * size, (i + 1) * size)
         with world.synchronised(loss_module, i == slices - 1):
-            with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16):
+            # Without autocast's cache: casts of weights left by a pass without gradient would serve the same network's
+            # next pass, which would then train nothing.
+            with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
                 part = {name: value[rows] for name, value in draw.items()}
-                loss, parts = loss_module(data[rows], noise[rows], step, part)
+                loss, parts = loss_module(data[rows], noise[rows], progress, part)
             (loss.sum() / len(data)).backward()  # DDP averages over processes of equal shares
         for name, value in {"loss": loss.detach(), **parts}.items():
             logs.setdefault(name, []).append(value)
@@ -171,70 +230,148 @@ class Training:
     """The state of a run, and its one step.
 
     Args:
+        model: what the first stage starts from, and learns from if it needs a teacher.
         images: uint8 [N, 3, H, W]; kept whole on the model's device.
     """
 
-    def __init__(self, model, images: np.ndarray, recipe: Recipe, world: World = World()):  # noqa: B008
+    def __init__(self, model, images: np.ndarray, recipe: Recipe, stages: list[Stage], world: World = World()):  # noqa: B008
         self.slices = recipe.slices(len(images), world)
-        self.model, self.recipe, self.world = model.train(), recipe, world
+        self.model, self.recipe, self.stages, self.world = model.train(), recipe, stages, world
         self.bf16 = has_bf16(model.device)
         self.images = torch.from_numpy(images).to(model.device)
         on_gpu = model.device.type == "cuda"
         if on_gpu:  # slower on CPUs
             model.network.to(memory_format=torch.channels_last)
             torch.backends.cudnn.benchmark = True
+            torch.backends.cudnn.allow_tf32 = False  # what is not in bfloat16 needs its digits: slopes, differences
+        self.compiling = on_gpu and can_compile(model.device)
         self.ema, self.power_ema = EMA(model, recipe.ema_decay), PowerEMA(model)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
-        )
-        self.steps = 0
-        if on_gpu and can_compile(model.device):  # in place: state-dict keys stay
-            model.network.compile()
-            self.ema.model.network.compile()
-        self.loss_module = world.wrap(Loss(model, self.ema.model))
+        self._compile(model.network, self.ema.model.network)
+        self.started_from = model.objective
+        self.steps, self.lr = 0, 0.0
+        self._begin(0)
+
+    def _compile(self, *modules: nn.Module) -> None:
+        if self.compiling:  # in place: state-dict keys stay
+            for module in modules:
+                module.compile()
+
+    def _begin(self, index: int) -> None:
+        """Set up the stage of this index, around the weights that the model has."""
+        model, recipe, objective = self.model, self.recipe, self.stages[index].objective
+        self.index, self.pairs = index, None
+        self.first_step = sum(stage.steps for stage in self.stages[:index])
+        teacher = critic = None
+        if objective.needs_teacher:
+            model.objective = self.stages[index - 1].objective if index else self.started_from
+            teacher = copy.deepcopy(model).eval().requires_grad_(False)
+            self._compile(teacher.network)
+        if objective.critic_steps:
+            seed_step(recipe.seed, self.first_step, CRITIC)
+            critic = objective.make_critic(model, self.images.shape[1:]).to(model.device)
+            self._compile(critic.network if hasattr(critic, "predict") else critic)
+        model.objective = self.ema.model.objective = objective
+        self.nets = Nets(model, self.ema.model, teacher, critic)
+        self.optimizer = self._optimizer(model, recipe.weight_decay)
+        self.loss_module = self.world.wrap(Loss(objective.loss, self.nets, model))
+        if critic is not None:
+            self.critic_optimizer = self._optimizer(critic, 0.0)
+            self.critic_loss_module = self.world.wrap(Loss(objective.critic_loss, self.nets, critic))
+
+    def _optimizer(self, module: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+        beta1 = self.recipe.beta1 if self.stage.objective.beta1 is None else self.stage.objective.beta1
+        betas = (beta1, self.recipe.beta2)
+        return torch.optim.AdamW(module.parameters(), betas=betas, weight_decay=weight_decay, fused=True)
+
+    @property
+    def stage(self) -> Stage:
+        return self.stages[self.index]
+
+    def at_end_of_stage(self) -> bool:
+        return self.steps == self.first_step + self.stage.steps
 
     def step(self) -> tuple[dict[str, list[Tensor]], Tensor]:
         """One optimizer step, nothing of which waits for the device.
 
         Returns: the losses and logs of `accumulate_gradient`, and the gradient's norm before clipping.
         """
-        recipe, world = self.recipe, self.world
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate(self.steps)
-        batch = global_batch(self.images, self.model.objective, recipe.batch_size, recipe.seed, self.steps, world)
-        seed_step(recipe.seed, self.steps, stream=1 + world.rank)  # for dropout
-        logs = accumulate_gradient(self.loss_module, *batch, self.steps, self.slices, self.bf16, world)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.at_end_of_stage() and self.index + 1 < len(self.stages):
+            self.model.load_state_dict(self.ema.model.state_dict())
+            self._begin(self.index + 1)
+        recipe, objective, critic = self.recipe, self.stage.objective, self.nets.critic
+        if objective.pairs and self.pairs is None:
+            self.pairs = load_pairs(self.nets.teacher, self.images.shape[1:], objective, recipe.seed, self.world)
+
+        lr = recipe.learning_rate(self.steps - self.first_step)
+        logs = {}
+        for i in range(objective.critic_steps):
+            critic.requires_grad_(True)
+            found = self._accumulate(self.critic_loss_module, stream=CRITIC + 1 + i)
+            logs |= {name: values for name, values in found.items() if name != "loss"}
+            self._apply(self.critic_optimizer, critic, lr * objective.critic_rate)
+            critic.requires_grad_(False)
+        logs |= self._accumulate(self.loss_module, stream=0)
+        self.lr = lr * objective.rate
+        norm = self._apply(self.optimizer, self.model, self.lr)
         self.steps += 1
-        self.ema.update(self.model, self.steps)
-        self.power_ema.update(self.model, self.steps)
-        self.model.objective.after_step(Nets(self.model, self.ema.model), self.steps)
+        self.ema.update(self.model, self.steps - self.first_step)
+        self.power_ema.update(self.model, self.steps - self.first_step)
         return logs, norm
+
+    def _accumulate(self, loss_module: nn.Module, stream: int) -> dict[str, list[Tensor]]:
+        recipe, world, stage = self.recipe, self.world, self.stage
+        pairs = None if stream else self.pairs
+        batch = global_batch(
+            self.images, stage.objective, recipe.batch_size, recipe.seed, self.steps, world, pairs, stream
+        )
+        seed_step(recipe.seed, self.steps, stream + 1 + world.rank)  # for dropout
+        progress = min(1.0, (self.steps - self.first_step) / stage.steps)
+        return accumulate_gradient(loss_module, *batch, progress, self.slices, self.bf16, world)
+
+    def _apply(self, optimizer: torch.optim.Optimizer, module: nn.Module, lr: float) -> Tensor:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), self.recipe.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def state(self) -> dict:
         """What a resumed run needs, beside the EMA."""
-        return {
+        state = {
             "step": self.steps,
+            "stage": self.index,
             "student": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "power_ema": self.power_ema.averages,
-            "objective": self.model.objective.state_dict(),
         }
+        if self.nets.teacher is not None:
+            state["teacher"] = self.nets.teacher.state_dict()
+        if self.nets.critic is not None:
+            state |= {"critic": self.nets.critic.state_dict(), "critic_optimizer": self.critic_optimizer.state_dict()}
+        return state
 
     def restore(self, checkpoint: dict) -> None:
         """Go on from a checkpoint of `save_last`."""
         state = checkpoint["training"]
+        self._begin(state["stage"])
         self.model.load_state_dict(state["student"])
         self.ema.model.load_state_dict(checkpoint["state_dict"])
         self.power_ema.load(state["power_ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for p, moments in self.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):  # in the layout of a device where they were saved, not of this one
-                moments[name] = torch.empty_like(p).copy_(moments[name])
-        self.model.objective.load_state_dict(state["objective"])
+        _load_optimizer(self.optimizer, state["optimizer"])
+        if self.nets.teacher is not None:
+            self.nets.teacher.load_state_dict(state["teacher"])
+        if self.nets.critic is not None:
+            self.nets.critic.load_state_dict(state["critic"])
+            _load_optimizer(self.critic_optimizer, state["critic_optimizer"])
         self.steps = state["step"]
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    optimizer.load_state_dict(state)
+    for p, moments in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):  # in the layout of a device where they were saved, not of this one
+            moments[name] = torch.empty_like(p).copy_(moments[name])
 
 
 def train(
@@ -243,10 +380,12 @@ def train(
     images: np.ndarray,
     data_hash: str,
     recipe: Recipe,
+    stages: list[Stage],
     save_dir: Path,
     arguments: dict,
     world: World = World(),  # noqa: B008
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    teacher_hash: str | None = None,
 ) -> None:
     """Train `model` on uint8 `images` [N, 3, H, W]; go on from `save_dir`/last.ckpt if it is there.
 
@@ -254,28 +393,45 @@ def train(
     (`arguments`), `run.json`, previews, metrics and curves.
 
     Args:
+        model: what the first stage starts from.
+        model_config: of all stages but for the objective.
         world: this process among several; the first one writes.
         evaluate: scores a model every `eval_interval` steps: numbers to log, among them "ratio", the lower the
             better; the best so far is kept as `best_model.pt`.
+        teacher_hash: of the weights that `model` has from another run, if it has.
     Raises: UserError if the loss is no longer finite, the run is stopped by a signal (after saving), or the
         checkpoints in `save_dir` are damaged or another run's (which is left as it is).
     """
-    training = Training(model, images, recipe, world)
+    training = Training(model, images, recipe, stages, world)
     settings = {name: value for name, value in asdict(recipe).items() if name not in FREE}
-    identity = {"model": model_config, "data": data_hash, **settings}
+    # The steps of a single stage may grow, unless its loss depends on how many there are.
+    fixed = len(stages) > 1 or stages[0].objective.follows_progress
+    written = [[stage.name, stage.steps] if fixed else [stage.name] for stage in stages]
+    identity = {"model": model_config, "data": data_hash, "teacher": teacher_hash, "stages": written, **settings}
     checkpoint = world.from_rank_0(lambda: load_last(save_dir, identity))
     if checkpoint:
         training.restore(checkpoint)
         del checkpoint
 
     device, start, first, average = model.device, training.steps, world.rank == 0, training.ema.model
+
+    def config() -> dict:
+        return {**model_config, "objective": training.stage.name}
+
     facts = {"seed": recipe.seed, "data": {"hash": data_hash, "images": len(images)}, "bf16": training.bf16}
     if first:
         clear_leftovers(save_dir)
         write_json(save_dir / "training_config.json", arguments)
-        write_json(save_dir / "model_config.json", model_config)
+        write_json(save_dir / "model_config.json", config())
         metrics = Metrics(save_dir / "metrics.jsonl", start)
-        described = {"arguments": arguments, "model_config": model_config, **facts}
+        cited = [{"objective": name, "steps": steps, "arXiv": o.citations} for name, o, steps in stages]
+        described = {
+            "arguments": arguments,
+            "model_config": config(),
+            "stages": cited,
+            "teacher": teacher_hash,
+            **facts,
+        }
         record = RunRecord(save_dir / "run.json", start, device, world.size, described)
         record.write(start, recipe.batch_size)
     origin = {**environment(device), **facts}
@@ -284,12 +440,14 @@ def train(
 
     def export(*names: str, **scores) -> None:
         for name in names:
-            save_model(average, save_dir / name, model_config, provenance={**origin, "step": training.steps, **scores})
+            save_model(average, save_dir / name, config(), provenance={**origin, "step": training.steps, **scores})
 
     def save() -> None:
-        save_averages(save_dir, training.steps, training.power_ema.averages)
+        save_averages(
+            save_dir, training.steps, training.power_ema.averages, training.index, training.steps - training.first_step
+        )
         state = {**training.state(), "identity": identity}
-        save_last(save_dir, average, model_config, training=state, provenance={**origin, "step": training.steps})
+        save_last(save_dir, average, config(), training=state, provenance={**origin, "step": training.steps})
         plot_curves(metrics.rows, save_dir / "training_curves.png")
 
     logs: dict[str, list[Tensor]] = {}
@@ -309,7 +467,7 @@ def train(
             late = recipe.max_minutes is not None and time.monotonic() - began > 60 * recipe.max_minutes
             finished = world.any(step >= recipe.num_iterations or late)
             stopped = world.any(stop_received())
-            at_interval = finished or step % recipe.save_interval == 0
+            at_interval = finished or step % recipe.save_interval == 0 or training.at_end_of_stage()
             if logs and (logging or at_interval or stopped):
                 row = {name: world.mean(torch.cat(values)) for name, values in logs.items()}
                 row["gradient_norm"] = norm.item()
@@ -321,7 +479,7 @@ def train(
                         "start again with a lower --lr in a new --save_dir"
                     )
                 speed = (step - interval_start) * recipe.batch_size / (time.monotonic() - interval_began)
-                row |= {"lr": recipe.learning_rate(step - 1), "images_per_second": speed}
+                row |= {"stage": training.index, "lr": training.lr, "images_per_second": speed}
                 if first:
                     metrics.add({"step": step, "images": step * recipe.batch_size, **row})
                     record.write(step, recipe.batch_size)

@@ -2,23 +2,58 @@
 
 import copy
 import time
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from src.training.distributed import World
-from src.training.engine import Loss, Recipe, accumulate_gradient, global_batch, has_bf16
+from src.training.engine import Recipe, Stage, Training
+from src.training.pairs import CHUNK, solve
 
 
-def estimate(model, images: torch.Tensor, recipe: Recipe, world: World) -> dict:
-    """Parameters, memory of one process in GB, and hours, from a forward and backward pass of a few images.
+def estimate(model, images: np.ndarray, recipe: Recipe, stages: list[Stage], world: World) -> dict:
+    """Parameters, memory of one process in GB, and hours, from a step of a few images in each stage.
 
-    Weights, gradient, two moments and three averages take 28 bytes a parameter; activations are measured as what
-    autograd keeps for one image. The time is that of uncompiled passes: an upper bound where the engine compiles.
+    Weights, gradient, two moments and three averages take 28 bytes a parameter, a teacher 4 more, a critic 16 of its
+    own; activations are measured as what autograd keeps for one image. The time is that of uncompiled steps: an
+    upper bound where the engine compiles.
     """
-    device = model.device
-    bf16 = has_bf16(device)
+    count = 8
+    few = replace(recipe, batch_size=count, micro_batch=0)
+    at_once = recipe.batch_size // world.size // recipe.slices(len(images), world)
+    parameters = sum(p.numel() for p in model.parameters())
+    weights_bytes = activation_bytes = seconds = 0.0
+    for stage in stages:
+        objective = replace(stage.objective, pairs=0) if stage.objective.pairs else stage.objective
+        with torch.compiler.set_stance("force_eager"):
+            training = Training(copy.deepcopy(model), images, few, [Stage(stage.name, objective, stage.steps)])
+            kept = _kept_by_autograd(training)
+            seconds_a_step = _seconds(model.device, training.step)
+            if stage.objective.pairs:
+                noise = torch.randn(CHUNK, *training.images.shape[1:], device=model.device)
+                solver = training.nets.teacher, noise, stage.objective.solver, stage.objective.solver_steps
+                chunks = stage.objective.pairs / CHUNK / world.size
+                seconds += chunks * _seconds(model.device, lambda solver=solver: solve(*solver))
+        nets = training.nets
+        others = 4 * parameters * (nets.teacher is not None)
+        others += 16 * sum(p.numel() for p in nets.critic.parameters()) if nets.critic is not None else 0
+        weights_bytes = max(weights_bytes, 28 * parameters + others)
+        activation_bytes = max(activation_bytes, kept / count * at_once)
+        seconds += stage.steps * seconds_a_step * recipe.batch_size / count / world.size
+    return {
+        "parameters": parameters,
+        "weights_and_averages_gb": round(weights_bytes / 1e9, 2),
+        "activations_gb": round(activation_bytes / 1e9, 2),
+        "images_per_second": round(recipe.num_iterations * recipe.batch_size / seconds, 2),
+        "hours": round(seconds / 3600, 2),
+    }
+
+
+def _kept_by_autograd(training: Training) -> int:
+    """Bytes of activations that one step's graph holds, weights not counted."""
     kept: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {p.untyped_storage().data_ptr() for net in training.nets if net is not None for p in net.parameters()}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -26,31 +61,15 @@ def estimate(model, images: torch.Tensor, recipe: Recipe, world: World) -> dict:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    count = 8
-    slices = recipe.slices(len(images), world)
-    # A teacher of its own, as in training: the same network under autocast's cache would lose gradients.
-    loss_module = Loss(model.train(), copy.deepcopy(model).eval().requires_grad_(False))
-    data, noise, draw = global_batch(images, model.objective, count, recipe.seed, 0, World())
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        accumulate_gradient(loss_module, data, noise, draw, 0, bf16=bf16)
-    _wait(device)
-    began = time.monotonic()
-    accumulate_gradient(loss_module, data, noise, draw, 0, bf16=bf16)
-    _wait(device)
-    seconds = (time.monotonic() - began) / count
-    model.zero_grad(set_to_none=True)
-
-    parameters = sum(p.numel() for p in model.parameters())
-    at_once = recipe.batch_size // world.size // slices
-    return {
-        "parameters": parameters,
-        "weights_and_averages_gb": round(28 * parameters / 1e9, 2),
-        "activations_gb": round(sum(kept.values()) / count * at_once / 1e9, 2),
-        "images_per_second": round(world.size / seconds, 2),
-        "hours": round(recipe.num_iterations * recipe.batch_size * seconds / world.size / 3600, 2),
-    }
+        training.step()
+    return sum(kept.values())
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _seconds(device: torch.device, work) -> float:
+    for _ in range(2):  # the second time counts
+        began = time.monotonic()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return time.monotonic() - began

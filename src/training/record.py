@@ -106,7 +106,7 @@ def early_preview(step: int) -> bool:
 
 
 def plot_curves(rows: list[dict], path: Path) -> None:
-    """The loss and its parts against the iteration, raw (faint) and smoothed."""
+    """The loss and its parts against the iteration, raw (faint) and smoothed; a line where a stage ends."""
     names = dict.fromkeys(key for row in rows for key in row if key.startswith("loss"))
     if not names:
         return
@@ -120,7 +120,11 @@ def plot_curves(rows: list[dict], path: Path) -> None:
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         (line,) = axes.plot(steps[window - 1 :], smooth, label=name.replace("_", " "))
         axes.plot(steps, losses, color=line.get_color(), alpha=0.25, linewidth=0.8)
-    axes.set(xlabel="iteration", ylabel="mean squared error", yscale="log")
+    trained = [row for row in rows if "stage" in row]
+    for row, following in zip(trained, trained[1:], strict=False):
+        if row["stage"] != following["stage"]:
+            axes.axvline(row["step"], color="black", linewidth=0.8)
+    axes.set(xlabel="iteration", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     with replacing(path) as temporary:

@@ -1,0 +1,117 @@
+"""Adversarial finetuning of a flow map at the jumps that samples of 1, 2 and 4 steps take."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from src.objectives.contract import Nets, Objective, eval_mode, squared_error
+from src.objectives.critics import ConvCritic, EncoderCritic, augment
+from src.objectives.rollout import NFES, roll_out
+from src.utils import UserError
+
+
+@dataclass(eq=False)
+class Adversarial(Objective):
+    """softplus(D(real) - D(fake)) for the student and with the sign turned for the critic D, on pairs of a real and a
+    generated state at the end s of a jump (arXiv:2501.05441, eq. 2), with penalties on D's gradient at both.
+
+    A jump is one of the seven that NFE 1, 2 and 4 take, from the student's own state there. The penalties are finite
+    differences (D(x) - D(x + step z))^2 / step^2 (arXiv:2511.22475) on every fourth sample. An anchor holds the jump
+    near that of the model the stage began with, and lets go. Student and critic are without dropout, D in float32.
+
+    Args:
+        critic: "encoder", the way down of the stage's first model, or "conv", a small net from scratch.
+        critic_rate: multiple of the run's learning rate, for the critic.
+        critic_steps: critic's steps for each of the student's.
+        gamma: weight of the penalties.
+        anchor, anchor_end: weight of ||u - u_teacher||^2 at the stage's begin and end, in between geometric.
+        augmented: whether the critic sees augmented states.
+    """
+
+    rate: float = 0.1
+    critic: str = "encoder"
+    critic_rate: float = 0.5
+    critic_steps: int = 1
+    gamma: float = 1.0
+    anchor: float = 1.0
+    anchor_end: float = 0.02
+    augmented: bool = True
+
+    STEP = 0.01
+    needs_teacher = True
+    follows_progress = True
+    beta1 = 0.0
+    citations = ("2501.05441", "2511.22475", "2006.10738")
+
+    def __post_init__(self):
+        if self.critic not in ("encoder", "conv"):
+            raise UserError(f"unknown critic {self.critic!r}: choose encoder or conv")
+        if min(self.anchor, self.anchor_end) <= 0:
+            raise UserError("adversarial/anchor and anchor_end must be positive: 1e-9 is none")
+
+    def make_critic(self, model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+        return EncoderCritic(model) if self.critic == "encoder" else ConvCritic(shape)
+
+    def draw(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        nfe = torch.tensor(NFES)[torch.randint(len(NFES), shape[:1])]
+        return {
+            "nfe": nfe,
+            "position": (torch.rand(shape[0]) * nfe).floor().long(),
+            "real_noise": torch.randn(shape),
+            "penalised": (torch.arange(shape[0]) + torch.randint(4, ())) % 4 == 0,
+            "step": torch.randn(shape) * self.STEP,
+            "augmentation": torch.rand(shape[0], 6),
+        }
+
+    def loss(
+        self, nets: Nets, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        x_t, t, s = roll_out(nets.student, noise, draw["nfe"], draw["position"])
+        with eval_mode(nets.student):
+            u = nets.student.velocity(x_t, t, s)
+            fake = self.scheduler.reverse_process_step(x_t, u, t, s)
+        with torch.no_grad(), eval_mode(nets.teacher):
+            anchor = nets.teacher.velocity(x_t, t, s)
+        real, fake_seen = self._seen(data, fake, s, draw)
+        gap = _judge(nets.critic, real, s) - _judge(nets.critic, fake_seen, s)
+        held = squared_error(u, anchor)
+        weight = self.anchor * (self.anchor_end / self.anchor) ** progress
+        adversarial = F.softplus(gap)
+        return adversarial + weight * held, {"loss_adversarial": adversarial.detach(), "anchor": held.detach()}
+
+    def critic_loss(
+        self, nets: Nets, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad(), eval_mode(nets.student):
+            x_t, t, s = roll_out(nets.student, noise, draw["nfe"], draw["position"])
+            real, fake = self._seen(data, nets.student.jump(x_t, t, s), s, draw)
+        judged = _judge(nets.critic, real, s), _judge(nets.critic, fake, s)
+        loss = F.softplus(judged[1] - judged[0])
+        rows = draw["penalised"].nonzero().squeeze(1).to(data.device, non_blocking=True)
+        step = draw["step"].to(data.device, non_blocking=True)[rows]
+        steepness = loss.new_zeros(0)
+        if len(rows):
+            changes = [
+                _judge(nets.critic, x[rows] + step, s[rows]) - d[rows]
+                for x, d in zip((real, fake), judged, strict=True)
+            ]
+            steepness = sum((change / self.STEP).square() for change in changes)
+            loss = loss.index_add(0, rows, 4 * self.gamma / 2 * steepness)  # of every fourth
+        right = (judged[0] > judged[1]).float()
+        return loss, {"loss_critic": loss.detach(), "critic_right": right, "critic_steepness": steepness.detach()}
+
+    def _seen(self, data: Tensor, fake: Tensor, s: Tensor, draw: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the critic sees: real states at s, and the generated ones."""
+        real = self.scheduler.forward_process(data, draw["real_noise"].to(data.device, non_blocking=True), s)
+        if not self.augmented:
+            return real, fake
+        drawn = draw["augmentation"].to(data.device, non_blocking=True)
+        return augment(real, drawn), augment(fake, drawn)
+
+
+def _judge(critic: nn.Module, x: Tensor, s: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round the penalties' differences away
+        return critic(x.float(), s)

@@ -1,0 +1,59 @@
+"""alpha-Flow: from the velocity to the mean velocity by finite jumps (Zhang et al., arXiv:2510.20771)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from src.objectives.contract import Nets
+from src.objectives.regression import JumpRegression, adaptive
+
+
+@dataclass(eq=False)
+class AlphaFlow(JumpRegression):
+    """u(x_t, t, d) <- alpha v + (1 - alpha) u_ema(x_t - alpha d v, t - alpha d, (1 - alpha) d) (eq. 8).
+
+    alpha = 1 is flow matching, alpha -> 0 MeanFlow. With no `anneal`, alpha stays: the constant ratio that
+    arXiv:2512.15657 trains short runs with. The paper's u without gradient is the student, not its EMA.
+
+    Args:
+        alpha: its last, and smallest, value.
+        anneal: steepness of a sigmoid in the stage's progress by which alpha falls from 1; 0: constant.
+        grid: share of the jumps that are the ones of the samplers with 1, 2 and 4 steps; the others, which the
+            targets are made of, have t and t - d uniform.
+        own: start along the EMA's velocity instead of the sample's v, which a large alpha biases: one call more.
+        power: p of the weight alpha^(2p - 1) / (error + 1e-3)^p; at 1 it is the paper's alpha / (error + 1e-3).
+    """
+
+    alpha: float = 0.125
+    anneal: float = 0.0
+    grid: float = 0.5
+    own: bool = False
+    power: float = 0.75
+
+    citations = ("2510.20771", "2512.15657")
+
+    @property
+    def follows_progress(self) -> bool:
+        return self.anneal > 0
+
+    def ratio(self, t: Tensor, progress: float) -> Tensor:
+        """alpha of each jump, [B]."""
+        falling = 1 / (1 + math.exp(min(50.0, self.anneal * (progress - 0.5)))) if self.anneal else 0.0
+        return torch.full_like(t, max(self.alpha, falling))
+
+    def jumps(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        inside = 2 ** torch.randint(3, (batch_size,))
+        position = 1 + (torch.rand(batch_size) * inside).floor()
+        on_grid = torch.rand(batch_size) < self.grid
+        t, r = torch.rand(2, batch_size).sort(dim=0, descending=True).values
+        return torch.where(on_grid, position / inside, t), torch.where(on_grid, 1 / inside, (t - r).clamp(min=1e-3))
+
+    def target(self, nets: Nets, x_t: Tensor, t: Tensor, d: Tensor, v: Tensor, progress: float) -> Tensor:
+        first = nets.ema.predict(x_t, t) if self.own else v
+        return self.partial_jump(nets.ema, x_t, t, d, first, self.ratio(t, progress))
+
+    def weigh(self, error: Tensor, t: Tensor, d: Tensor, progress: float) -> Tensor:
+        scale = self.ratio(t, progress) ** (2 * self.power - 1)  # the error falls with alpha^2
+        return torch.where(d > 0, scale, 1.0) * adaptive(error, self.power)

@@ -1,0 +1,135 @@
+"""Critics of samples x_s at their noise level s: [B, C, H, W] and [B] -> one number a sample, [B]."""
+
+import copy
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from src.module import DownSample
+
+
+class ConvCritic(nn.Module):
+    """A residual convolutional net without normalisation, after the critic of arXiv:2501.05441.
+
+    Args:
+        shape: (C, H, W) of a sample.
+        width: channels at the first resolution, doubled at each halving up to four times that.
+    """
+
+    def __init__(self, shape: tuple[int, ...], width: int = 64):
+        super().__init__()
+        channels, *size = shape
+        self.embed = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width))
+        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(-2, 6))
+        self.head = nn.Conv2d(channels, width, 3, padding=1)
+        halvings = max(0, int(math.log2(max(size))) - 2)  # down to 4 x 4
+        widths = [width * min(2**i, 4) for i in range(halvings + 2)]
+        self.blocks = nn.ModuleList([_Block(a, b) for a, b in zip(widths, widths[1:], strict=False)])
+        self.halvings = halvings
+        self.tail = nn.Linear(widths[-1] * math.prod(side >> halvings for side in size), 1, bias=False)
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        angles = s[:, None] * self.frequencies
+        h = self.head(x) + self.embed(torch.cat([angles.sin(), angles.cos()], dim=1))[:, :, None, None]
+        for i, block in enumerate(self.blocks):
+            h = block(h)
+            if i < self.halvings:
+                h = F.avg_pool2d(h, 2)
+        return self.tail(F.leaky_relu(h, 0.2).flatten(1)).squeeze(1)
+
+
+class _Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.skip = nn.Conv2d(inputs, outputs, 1, bias=False)
+        for conv in (self.first, self.second):
+            nn.init.kaiming_normal_(conv.weight, a=0.2)
+        nn.init.normal_(self.second.weight, std=self.second.weight.std().item() / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.second(F.leaky_relu(self.first(F.leaky_relu(x, 0.2)), 0.2))
+        return self.skip(x) + h
+
+
+class EncoderCritic(nn.Module):
+    """The way down and the middle of one's own trained U-Net, a small head on each resolution's last features.
+
+    The features of a denoiser at noise level s are made for samples of that level (after arXiv:2403.12015).
+
+    Args:
+        model: the flow map that the U-Net is copied from.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.network = copy.deepcopy(model.network).requires_grad_(True)
+        del self.network.upblocks, self.network.tail
+        for module in self.network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        self.scale = model.scheduler.num_train_timesteps
+        ends = [layer.main.in_channels for layer in self.network.downblocks if isinstance(layer, DownSample)]
+        ends.append(self.network.middleblocks[-1].block2[-1].out_channels)
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.GroupNorm(32, width),
+                nn.SiLU(),
+                nn.Conv2d(width, 64, 3, padding=1),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(64, 1, 1, bias=False),  # only differences of judgements matter
+            )
+            for width in ends
+        )
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        network = self.network
+        temb = network.time_embedding(s * self.scale)
+        if network.use_additional_condition:
+            zero = network.condition_embedding(torch.zeros_like(s))
+            temb = network.condition_fusion(torch.cat([temb, zero], dim=-1))
+        h, features = network.head(x), []
+        for layer in network.downblocks:
+            if isinstance(layer, DownSample):
+                features.append(h)
+            h = layer(h, temb)
+        for layer in network.middleblocks:
+            h = layer(h, temb)
+        return sum(head(f).mean(dim=(1, 2, 3)) for head, f in zip(self.heads, [*features, h], strict=True))
+
+
+def augment(x: Tensor, draw: Tensor) -> Tensor:
+    """Differentiable augmentation of what a critic sees, real and fake alike (arXiv:2006.10738).
+
+    Flip, shift by up to an eighth (zeros beyond), contrast, saturation and brightness; all smooth functions of x.
+
+    Args:
+        draw: [B, 6] uniform in [0, 1).
+    """
+    flip, right, down, contrast, saturation, brightness = (draw[:, i, None, None, None] for i in range(6))
+    x = torch.where(flip < 0.5, x.flip(-1), x)
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)
+    x = (x - mean) * (0.5 + contrast) + mean
+    grey = x.mean(dim=1, keepdim=True)
+    x = (x - grey) * (2 * saturation) + grey
+    x = x + (brightness - 0.5)
+    return _shift(_shift(x, right, -1), down, -2)
+
+
+def _shift(x: Tensor, amount: Tensor, dim: int) -> Tensor:
+    """Move each image along an axis by a whole number of pixels, at most an eighth of the axis."""
+    size = x.shape[dim]
+    most = size // 8
+    if most == 0:
+        return x
+    offset = (amount.flatten() * (2 * most + 1)).floor().long() - most
+    index = torch.arange(size, device=x.device) - offset[:, None]  # [B, size]
+    shape = [len(x), 1, 1, 1]
+    shape[dim] = size
+    inside = ((index >= 0) & (index < size)).reshape(shape)
+    moved = x.gather(dim, index.clamp(0, size - 1).reshape(shape).expand_as(x))
+    return torch.where(inside, moved, 0.0)

@@ -1,0 +1,34 @@
+"""The states that a sampler of few steps passes through, and the jumps it takes from them."""
+
+import torch
+from torch import Tensor
+
+from src.objectives.contract import eval_mode
+
+NFES = (1, 2, 4)  # the challenge's
+
+
+def sampler_times(scheduler, nfe: Tensor) -> Tensor:
+    """The sampler's times for each row's NFE, [B, 5], zeros after the last jump."""
+    grids = {k: torch.tensor([*scheduler.time_grid(k), *[0.0] * (max(NFES) - k)]) for k in NFES}
+    return torch.stack([grids[k] for k in nfe.tolist()])
+
+
+@torch.no_grad()
+def roll_out(model, noise: Tensor, nfe: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample from `noise` up to the jump at `position` (from 0) of `nfe` jumps, row by row.
+
+    Args:
+        noise: [B, ...].
+        nfe, position: [B], on the CPU, where the rows that go on are known without waiting for the GPU.
+    Returns: the state x_t [B, ...], its time t and the jump's end s, [B] each.
+    """
+    times = sampler_times(model.scheduler, nfe)
+    on_device = times.to(noise.device, non_blocking=True)
+    x = noise.clone()
+    with eval_mode(model):
+        for i in range(int(position.max())):
+            rows = (position > i).nonzero().squeeze(1).to(noise.device, non_blocking=True)
+            x[rows] = model.jump(x[rows], on_device[rows, i], on_device[rows, i + 1])
+    t, s = (times.gather(1, (position + step)[:, None]).squeeze(1) for step in (0, 1))
+    return x, t.to(noise.device, non_blocking=True), s.to(noise.device, non_blocking=True)

@@ -1,0 +1,112 @@
+"""(noise, image) pairs of a teacher's ODE: generated once, kept as memory-mapped arrays, checked by regenerating."""
+
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from src.objectives.contract import Objective, eval_mode
+from src.training.distributed import World
+from src.utils import CACHE, UserError, write_json
+
+CHUNK = 64  # pairs that are generated, written and marked as done together
+SOLVERS = ("euler", "heun")
+
+
+@torch.no_grad()
+def solve(teacher, noise: Tensor, solver: str, steps: int) -> Tensor:
+    """Images [B, ...] at t = 0 of the teacher's ODE dx/dt = u(x, t, 0) from `noise` at t = 1, in equal steps.
+
+    Heun's method calls the network twice a step, Euler's once.
+    """
+    x = noise
+    times = torch.linspace(1, 0, steps + 1, device=noise.device)
+    with eval_mode(teacher):
+        for t, t_next in zip(times, times[1:], strict=False):
+            v = teacher.predict(x, t)
+            if solver == "heun":
+                v = (v + teacher.predict(x - (t - t_next) * v, t_next)) / 2
+            x = x - (t - t_next) * v
+    return x
+
+
+def load_pairs(
+    teacher,
+    shape: tuple[int, ...],
+    objective: Objective,
+    seed: int,
+    world: World = World(),  # noqa: B008
+) -> tuple[np.ndarray, np.ndarray]:
+    """Noise and images, float16 [pairs, *shape] each, memory-mapped: what is missing of them is generated first.
+
+    A folder in data/cache, named by all that the pairs depend on (its manifest.json); processes share the work, and
+    an interrupted one goes on where it was.
+
+    Args:
+        objective: says `pairs`, `solver` and `solver_steps`.
+    Raises: UserError if the pairs there are not what the teacher makes of their noise.
+    """
+    if objective.solver not in SOLVERS:
+        raise UserError(f"unknown solver {objective.solver!r}: choose one of {', '.join(SOLVERS)}")
+    weights = hashlib.sha256()
+    for name, value in teacher.state_dict().items():
+        weights.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    manifest = {
+        "teacher": weights.hexdigest(),
+        "solver": objective.solver,
+        "steps": objective.solver_steps,
+        "seed": seed,
+        "pairs": objective.pairs,
+        "shape": list(shape),
+    }
+    folder = CACHE / f"pairs-{hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:16]}"
+    world.from_rank_0(lambda: _allocate(folder, manifest))
+    noise, images, done = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("noise", "images", "done"))
+
+    def generated(start: int, end: int) -> tuple[Tensor, Tensor]:
+        own = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(start, end)]
+        eps = torch.stack([torch.randn(shape, generator=one) for one in own]).half().float().to(teacher.device)
+        return eps, solve(teacher, eps, objective.solver, objective.solver_steps)
+
+    missing = [chunk for chunk in range(len(done)) if not done[chunk]][world.rank :: world.size]
+    for chunk in tqdm(missing, desc=f"pairs -> {folder}", unit=f"x{CHUNK}", disable=world.rank > 0 or not missing):
+        rows = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, objective.pairs))
+        noise[rows], images[rows] = (x.half().cpu().numpy() for x in generated(rows.start, rows.stop))
+        noise.flush(), images.flush()
+        done[chunk] = True
+        done.flush()
+    world.any(False)  # wait for each other
+    for chunk in np.linspace(0, len(done) - 1, 3).astype(int).tolist():
+        row = chunk * CHUNK
+        eps, image = generated(row, row + 1)
+        found = np.stack([noise[row], images[row]]).astype(np.float32)
+        made = torch.cat([eps, image]).cpu().numpy()
+        # Batch sizes and chips round differently; another teacher's images differ by far more.
+        if not np.abs(found - made).mean() < 0.01:
+            raise UserError(f"pair {row} of {folder} is not what the teacher makes of its noise: delete that folder")
+    return noise, images
+
+
+def _allocate(folder: Path, manifest: dict) -> None:
+    if (folder / "manifest.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = (manifest["pairs"], *manifest["shape"])
+    needed = 2 * 2 * math.prod(shape)
+    if shutil.disk_usage(folder).free < needed:  # a memory map on a full disk would kill the process
+        raise UserError(
+            f"{folder} needs {needed / 1e9:.1f} GB for the pairs: make room, or ask for fewer (reflow/pairs=N)"
+        )
+    for name, kind, size in (
+        ("noise", np.float16, shape),
+        ("images", np.float16, shape),
+        ("done", np.bool_, (-(-manifest["pairs"] // CHUNK),)),
+    ):
+        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, size).flush()
+    write_json(folder / "manifest.json", manifest)

@@ -1,0 +1,80 @@
+"""A teacher's (noise, image) pairs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from toy import GaussianField
+
+from custom_model import CustomGenerativeModel, CustomScheduler
+from src.objectives import make_objective
+from src.training import pairs as room
+from src.training.pairs import load_pairs, solve
+from src.utils import UserError
+
+SHAPE = (1, 4, 4)
+
+
+@pytest.fixture
+def teacher():
+    return CustomGenerativeModel(GaussianField(), CustomScheduler(), objective="rectified_flow")
+
+
+def reflow(options="pairs=200/solver_steps=8"):
+    return make_objective(f"reflow/{options}", CustomScheduler())
+
+
+def test_solvers_converge_with_their_order(teacher):
+    noise = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0))
+    exact = noise * GaussianField.SIGMA
+    errors = {
+        (solver, steps): (solve(teacher, noise, solver, steps) - exact).norm().item()
+        for solver in ("euler", "heun")
+        for steps in (16, 32)
+    }
+    assert 1.8 < errors["euler", 16] / errors["euler", 32] < 2.2
+    assert 3.5 < errors["heun", 16] / errors["heun", 32] < 4.5
+    calls = []
+    teacher.network.register_forward_hook(lambda *_: calls.append(1))
+    solve(teacher, noise, "heun", 5), solve(teacher, noise, "euler", 5)
+    assert len(calls) == 15
+
+
+def test_pairs_are_made_once_and_go_on_where_they_were(teacher, workdir, monkeypatch):
+    noise, images = load_pairs(teacher, SHAPE, reflow(), seed=1)
+    assert noise.shape == images.shape == (200, *SHAPE) and noise.dtype == np.float16
+    assert np.allclose(images, noise * GaussianField.SIGMA, atol=0.02)
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+    (folder,) = (workdir / "data/cache").iterdir()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["seed"] == 1 and manifest["steps"] == 8 and len(manifest["teacher"]) == 64
+    whole = np.array(images)
+
+    # As if killed after the first of four chunks.
+    done = np.load(folder / "done.npy")
+    done[1:] = False
+    np.save(folder / "done.npy", done)
+    np.save(folder / "images.npy", np.where(np.arange(200)[:, None, None, None] < room.CHUNK, whole, 0))
+    solved = []
+    monkeypatch.setattr(room, "solve", lambda model, eps, *how: solved.append(len(eps)) or solve(model, eps, *how))
+    assert np.array_equal(load_pairs(teacher, SHAPE, reflow(), seed=1)[1], whole)
+    assert solved == [64, 64, 8, 1, 1, 1]  # what was missing, then the check
+    load_pairs(teacher, SHAPE, reflow(), seed=2)
+    assert len(list((workdir / "data/cache").iterdir())) == 2
+
+
+def test_pairs_that_are_not_the_teachers_are_refused(teacher, workdir):
+    load_pairs(teacher, SHAPE, reflow(), seed=1)
+    (folder,) = (workdir / "data/cache").iterdir()
+    images = np.load(folder / "images.npy")
+    np.save(folder / "images.npy", images[::-1])
+    with pytest.raises(UserError, match="pair 0 of .* is not what the teacher makes of its noise: delete that folder"):
+        load_pairs(teacher, SHAPE, reflow(), seed=1)
+
+
+def test_bad_wishes_get_one_clear_line(teacher, workdir, monkeypatch):
+    with pytest.raises(UserError, match="unknown solver 'rk4': choose one of euler, heun"):
+        load_pairs(teacher, SHAPE, reflow("solver=rk4"), seed=1)
+    with pytest.raises(UserError, match="needs .* GB for the pairs: make room, or ask for fewer"):
+        load_pairs(teacher, (3, 64, 64), reflow("pairs=2000000000"), seed=1)
