@@ -1,5 +1,6 @@
 """Distances and features."""
 
+import json
 import subprocess
 import sys
 
@@ -7,15 +8,17 @@ import cleanfid.fid
 import numpy as np
 import pytest
 import torch
+from toy import GaussianField
 
-from custom_model import create_custom_model
+from custom_model import CustomGenerativeModel, CustomScheduler, create_custom_model
 from dataset import SimpsonsDataModule
 from src.evaluation import features as room
 from src.evaluation.distances import frechet_distance
 from src.evaluation.reference import write_reference
 from src.evaluation.scoring import Scorer
+from src.evaluation.time_grid import search_grid
 from src.images import to_pixels
-from src.utils import UserError
+from src.utils import UserError, load_model, save_model
 
 
 def random_features(count, width, seed):
@@ -28,6 +31,30 @@ def random_features(count, width, seed):
 def test_frechet_distance_equals_clean_fids(n, m, width):
     a, b = random_features(n, width, 1), random_features(m, width, 2)
     assert frechet_distance(a, b) == pytest.approx(cleanfid.fid.fid_from_feats(a, b), rel=1e-6)
+
+
+def test_searched_times_are_better_than_uniform_ones(workdir):
+    model = CustomGenerativeModel(GaussianField(), CustomScheduler(), objective="rectified_flow", image_size=8)
+    for nfe in (2, 4):
+        grid, errors = search_grid(model, nfe, count=16)
+        assert len(grid) == nfe + 1 and grid[0] == 1 and grid[-1] == 0 and sorted(grid, reverse=True) == grid
+        assert errors["found"] < 0.8 * errors["uniform"], (grid, errors)
+        assert not model.scheduler.time_grids  # the model itself is left as it was
+    with pytest.raises(UserError, match="NFE 1 has no times to choose"):
+        search_grid(model, 1)
+
+
+def test_time_grid_command_writes_what_sampling_reads(workdir, randomised, script_env):
+    model = randomised(create_custom_model(unet="small", image_size=32, objective="rectified_flow"))
+    config = {"unet": "small", "image_size": 32, "objective": "rectified_flow", "time_grids": {"3": [1, 0.5, 0.2, 0]}}
+    save_model(model, "run/model.pt", config)
+    command = [sys.executable, "-m", "src.evaluation", "time_grid", "--checkpoint", "run/model.pt", "--nfe", "2"]
+    result = subprocess.run([*command, "--count", "8"], cwd=workdir, env=script_env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    loaded = load_model("run/model.pt", create_custom_model)
+    assert loaded.scheduler.time_grid(3) == [1, 0.5, 0.2, 0]
+    told = json.loads(result.stdout.split("NFE 2: ")[1].split(", error")[0])
+    assert loaded.scheduler.time_grid(2) == ([1, 0.5, 0] if "no gain" in result.stdout else told)
 
 
 def test_frechet_distance_of_known_gaussians():

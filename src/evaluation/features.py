@@ -63,7 +63,12 @@ def load_features(path: str | os.PathLike, device: torch.device) -> Features:
     except (RuntimeError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{file} is not a TorchScript feature network with `layers`: {reason}") from error
-    return Features(lambda x: layers((x - 128) / 128).flatten(1), DISTANCES.get(key, f"FD[{file.stem}]"), key)
+
+    def network(x: Tensor) -> Tensor:
+        x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)  # on CPUs almost twice as fast
+        return layers(x).flatten(1)
+
+    return Features(network, DISTANCES.get(key, f"FD[{file.stem}]"), key)
 
 
 def folder_features(

@@ -1,0 +1,175 @@
+"""A model's scores with their intervals, its memory of training images and its failures: report.json, report.html."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from custom_model import create_custom_model
+from src.evaluation.distances import frechet_distance, kernel_distance, manifold_scores
+from src.evaluation.failures import copies, failure_rates, nearest
+from src.evaluation.features import Features, load_features, official_inception
+from src.evaluation.intervals import at_infinity, mean_interval
+from src.evaluation.page import Figures, write_page
+from src.evaluation.scoring import NFES, image_features
+from src.images import read_rgb, split_paths, to_pixels
+from src.utils import UserError, cached_array, load_model, pick_device, tensor_to_pil_image, write_json
+
+SWEEP = (1, 2, 3, 4, 5, 8, 10, 20, 50, 100, 250)
+
+
+class Model:
+    """A checkpoint's samples and their features, each made once and kept in data/cache.
+
+    Args:
+        count: samples of one set; set `seed` starts from noise seeds seed * 1,000,000 and on.
+    """
+
+    def __init__(self, checkpoint: str, features: Features, device: torch.device, count: int):
+        self.net = load_model(checkpoint, create_custom_model, device)
+        self.features, self.device, self.count = features, device, count
+        digest = hashlib.sha256(Path(checkpoint).with_name("model_config.json").read_bytes())
+        for value in self.net.state_dict().values():
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        self.key = digest.hexdigest()[:16]
+
+    def pixels(self, nfe: int, seed: int) -> np.ndarray:
+        """uint8 [count, H, W, 3]."""
+        size = self.net.image_size
+
+        def draw() -> np.ndarray:
+            found = []
+            ids = range(seed * 1_000_000, seed * 1_000_000 + self.count)
+            for start in tqdm(range(0, self.count, 50), desc=f"NFE {nfe}, seed {seed}", leave=False):
+                noise = [torch.Generator().manual_seed(i) for i in ids[start : start + 50]]
+                images = self.net.sample((len(noise), 3, size, size), nfe, generator=noise)
+                found += [np.asarray(image) for image in tensor_to_pil_image(images)]
+            return np.stack(found)
+
+        return cached_array(f"samples-{self.key}-{nfe}-{seed}-{self.count}", draw)
+
+    def embedded(self, nfe: int, seed: int) -> np.ndarray:
+        """Features [count, D]."""
+        name = f"features-{self.features.key[:16]}-{self.key}-{nfe}-{seed}-{self.count}"
+        return cached_array(name, lambda: image_features(self.pixels(nfe, seed), self.features, self.device))
+
+
+class Data:
+    """A split's images as the model should make them, uint8 [N, H, W, 3], and their features."""
+
+    def __init__(self, data_root: str, split_dir: str, split: str, size: int, features: Features, device: torch.device):
+        pixels = to_pixels(size)
+        paths = split_paths(data_root, split, split_dir)
+        images = [tensor_to_pil_image(pixels(read_rgb(path))) for path in tqdm(paths, desc=split, leave=False)]
+        self.pixels = np.stack([np.asarray(image) for image in images])
+        digest = hashlib.sha256(features.key.encode() + self.pixels.tobytes()).hexdigest()[:16]
+        self.features = cached_array(f"features-{digest}", lambda: image_features(self.pixels, features, device))
+
+
+def scores(model: Model, nfe: int, seeds: int, real: np.ndarray) -> dict:
+    """Every distance at one NFE for each sampling seed, and the Fréchet distance's limit for infinite samples."""
+    sets = [model.embedded(nfe, seed) for seed in range(seeds)]
+    rows = []
+    for found in sets:
+        kernel, error = kernel_distance(found, real)
+        rows.append(
+            {"frechet": frechet_distance(found, real), "kernel": kernel, "kernel_error": error}
+            | manifold_scores(real, found)
+        )
+    together = np.concatenate(sets)
+    counts = [len(together) // parts for parts in (1, 2, 4)]
+    by_count = [
+        float(np.mean([frechet_distance(part, real) for part in np.array_split(together, parts)]))
+        for parts in (1, 2, 4)
+    ]
+    intervals = {name: mean_interval([row[name] for row in rows]) for name in rows[0]}
+    limit = {"counts": counts, "frechet": by_count, "at infinity": at_infinity(counts, by_count)}
+    return {"seeds": rows, "intervals": intervals, "samples": limit}
+
+
+def report(args) -> None:
+    """Carry out `python -m src.evaluation report`, whose flags `args` holds."""
+    if args.samples < 8 or args.seeds < 1:
+        raise UserError("--samples must be at least 8 and --seeds at least 1")
+    device = pick_device(args.device)
+    features = load_features(args.features or official_inception(), device)
+    model = Model(args.checkpoint, features, device, args.samples)
+    size = model.net.image_size
+    train, val = (Data(args.data_root, args.split_dir, split, size, features, device) for split in ("train", "val"))
+    chosen = np.linspace(0, len(train.pixels) - 1, min(args.samples, len(train.pixels))).astype(int)
+    floor = frechet_distance(train.features[chosen], val.features)
+
+    content = {
+        "checkpoint": str(args.checkpoint),
+        "weights": model.key,
+        "distance": features.distance,
+        "features": features.key,
+        "size": size,
+        "samples": args.samples,
+        "sampling seeds": args.seeds,
+        "training images": len(train.pixels),
+        "validation images": len(val.pixels),
+        "floor": {
+            "frechet": floor,
+            "training images": len(chosen),
+            **manifold_scores(val.features, train.features[chosen]),
+        },
+        "nfe": {},
+        "sweep": {},
+    }
+    for nfe in tqdm(NFES, desc="scores"):
+        found = scores(model, nfe, args.seeds, val.features)
+        first = model.pixels(nfe, 0), model.embedded(nfe, 0)
+        memory = copies(first[1], train.features, val.features)
+        found["failures"] = failure_rates(*first, val.pixels, val.features)
+        found["memory"] = {name: value for name, value in memory.items() if isinstance(value, float)}
+        found["ratio"] = found["intervals"]["frechet"][0] / floor
+        content["nfe"][str(nfe)] = found
+    for nfe in tqdm(args.sweep, desc="sweep"):
+        content["sweep"][str(nfe)] = frechet_distance(model.embedded(nfe, 0), val.features)
+    out = Path(args.out)
+    write_json(out / "report.json", content)
+    write_page(out / "report.html", content, figures(model, train, val, args.seed))
+    print(f"{out / 'report.html'} and {out / 'report.json'}")
+    for nfe, found in content["nfe"].items():
+        mean, half = found["intervals"]["frechet"]
+        print(
+            f"NFE {nfe}: {features.distance} {mean:.3f} ± {half:.3f}, {found['ratio']:.2f} times the floor {floor:.3f}"
+        )
+
+
+def figures(model: Model, train: Data, val: Data, seed: int) -> Figures:
+    """The pictures of the page, all chosen by seed or by a measure, none by eye."""
+    net, size = model.net, model.net.image_size
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(32, 3, size, size, generator=generator)
+    samples = {nfe: _images(net.sample(noise.shape, nfe, noise=noise)) for nfe in NFES}
+    states = net.sample(noise[:6].shape, NFES[-1], return_traj=True, noise=noise[:6])
+    angle = torch.linspace(0, torch.pi / 2, 8)[:, None, None, None]
+    between = [angle.cos() * noise[2 * i] + angle.sin() * noise[2 * i + 1] for i in range(3)]
+    interpolated = [_images(net.sample(one.shape, NFES[-1], noise=one)) for one in between]
+
+    nfe = NFES[-1]
+    pixels, embedded = model.pixels(nfe, 0), model.embedded(nfe, 0)
+    index, distance = nearest(embedded, train.features)
+    closest = np.argsort(distance)[:8]
+    flat, flat_train = (x.reshape(len(x), -1).astype(np.float32) / 255 for x in (pixels, train.pixels))
+    by_pixel, pixel_distance = nearest(flat, flat_train)
+    closest_by_pixel = np.argsort(pixel_distance)[:8]
+    away = nearest(embedded, np.concatenate([train.features, val.features]))[1]
+    return Figures(
+        samples=samples,
+        trajectory=[list(row) for row in zip(*(_images(state) for state in states), strict=True)],
+        interpolated=interpolated,
+        closest=[list(pixels[closest]), list(train.pixels[index[closest]])],
+        closest_by_pixel=[list(pixels[closest_by_pixel]), list(train.pixels[by_pixel[closest_by_pixel]])],
+        farthest=[list(pixels[np.argsort(-away)[:8]])],
+        distances=distance,
+        unseen_distances=nearest(val.features, train.features)[1],
+    )
+
+
+def _images(batch: torch.Tensor) -> list[np.ndarray]:
+    return [np.asarray(image) for image in tensor_to_pil_image(batch)]
