@@ -51,3 +51,25 @@ def script_env() -> dict:
     """For scripts run as a user would: our root on the path, and as many threads as here, for equal rounding."""
     root = Path(__file__).resolve().parents[1]
     return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+class Layers(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.avg_pool2d(x, 99).flatten(1)
+
+
+class TinyNetwork(torch.nn.Module):
+    """Of the same form as the Inception network's file: `layers` takes [B, 3, 299, 299] to features, here [B, 27]."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = Layers()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.fixture
+def tiny_network(tmp_path) -> Path:
+    torch.jit.script(TinyNetwork()).save(tmp_path / "tiny.pt")
+    return tmp_path / "tiny.pt"

@@ -72,30 +72,6 @@ def test_frechet_distance_refuses_what_it_cannot_compare():
         frechet_distance(np.zeros((1, 3)), np.zeros((5, 3)))
 
 
-class Layers(torch.nn.Module):
-    def forward(self, x):
-        return torch.nn.functional.avg_pool2d(x, 99).flatten(1)
-
-
-@pytest.fixture
-def tiny_network(tmp_path):
-    """A TorchScript file of the same form as the Inception network's: [B, 3, 299, 299] -> [B, 27]."""
-    module = torch.nn.Module()
-    module.layers = Layers()
-    module.forward = lambda x: x
-    torch.jit.script(_Wrapper()).save(tmp_path / "tiny.pt")
-    return tmp_path / "tiny.pt"
-
-
-class _Wrapper(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = Layers()
-
-    def forward(self, x):
-        return self.layers(x)
-
-
 @pytest.fixture
 def folders(faces, workdir):
     module = SimpsonsDataModule(str(faces), split_dir=str(faces))

@@ -1,15 +1,20 @@
-"""python -m src.evaluation score | report | reference | time_grid"""
+"""python -m src.evaluation score | report | compare | ablate | speed | time_grid | reference"""
 
 import argparse
+import sys
 from pathlib import Path
 
+from src.evaluation.compare import ablate, compare
 from src.evaluation.distances import frechet_distance
 from src.evaluation.features import folder_features, load_features, official_inception
 from src.evaluation.reference import image_files, write_reference
 from src.evaluation.report import SWEEP, report
+from src.evaluation.speed import speed
 from src.evaluation.time_grid import choose_grids
 from src.images import DATA_ROOT, read_rgb, split_paths, to_pixels
 from src.utils import one_line_errors, pick_device
+
+FEATURES = "TorchScript network; left out, the official Inception network, for the FID"
 
 
 def score(args: argparse.Namespace) -> None:
@@ -32,50 +37,72 @@ def time_grid(args: argparse.Namespace) -> None:
     choose_grids(args.checkpoint, args.nfe, args.count, args.seed, pick_device(args.device))
 
 
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """What every command has that samples from models and scores them."""
+    parser.add_argument("--out", required=True, help="folder of the results")
+    parser.add_argument("--data_root", default=DATA_ROOT)
+    parser.add_argument("--split_dir", default="data")
+    parser.add_argument("--features", help=FEATURES)
+    parser.add_argument("--samples", type=int, default=1000, help="for each NFE and sampling seed")
+    parser.add_argument("--seeds", type=int, default=3, help="sampling seeds")
+    parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
+
+
 def main() -> None:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
     root = argparse.ArgumentParser(prog="python -m src.evaluation")
     commands = root.add_subparsers(required=True, metavar="command")
 
-    parser = commands.add_parser("score", help="Fréchet distance of two image folders", formatter_class=formatter)
+    def command(name: str, run, about: str) -> argparse.ArgumentParser:
+        parser = commands.add_parser(name, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        parser.set_defaults(run=run)
+        return parser
+
+    parser = command("score", score, "Fréchet distance of two image folders")
     parser.add_argument("--generated", required=True, help="folder of PNG images")
     parser.add_argument("--reference", required=True, help="folder of PNG images; its features are cached")
-    parser.add_argument("--features", help="TorchScript network; left out, the official Inception network, for the FID")
+    parser.add_argument("--features", help=FEATURES)
     parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
-    parser.set_defaults(run=score)
 
-    parser = commands.add_parser(
-        "report", help="a model's scores, memory and failures as a page", formatter_class=formatter
-    )
+    parser = command("report", report, "a model's scores, memory and failures as a page")
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--out", required=True, help="folder of report.json and report.html")
-    parser.add_argument("--data_root", default=DATA_ROOT)
-    parser.add_argument("--split_dir", default="data")
-    parser.add_argument("--features", help="TorchScript network; left out, the official Inception network, for the FID")
-    parser.add_argument("--samples", type=int, default=1000, help="for each NFE and sampling seed")
-    parser.add_argument("--seeds", type=int, default=3, help="sampling seeds at NFE 1, 2, 4")
     parser.add_argument("--sweep", type=int, nargs="*", default=SWEEP, help="NFEs to score with one sampling seed")
     parser.add_argument("--seed", type=int, default=0, help="of the pictures' noise")
+    add_model_flags(parser)
+
+    parser = command("compare", compare, "models' differences on common noise")
+    parser.add_argument("runs", nargs="+", help="checkpoints, or folders of finished runs; the first is the base")
+    add_model_flags(parser)
+
+    parser = command("ablate", ablate, "train a base and single changes of it, and compare; train.py's flags after --")
+    parser.add_argument("--change", action="append", required=True, metavar="NAME:FLAG=VALUE")
+    add_model_flags(parser)
+
+    parser = command("speed", speed, "what a sample costs")
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="batch sizes to try")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
-    parser.set_defaults(run=report)
 
-    parser = commands.add_parser("reference", help="write a split's images as a folder", formatter_class=formatter)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--data_root", default=DATA_ROOT)
-    parser.add_argument("--split_dir", default="data")
-    parser.add_argument("--split", choices=("val", "train"), default="val")
-    parser.add_argument("--size", type=int, default=64)
-    parser.set_defaults(run=reference)
-
-    parser = commands.add_parser("time_grid", help="search a sampler's times for a model", formatter_class=formatter)
+    parser = command("time_grid", time_grid, "search a sampler's times for a model")
     parser.add_argument("--checkpoint", type=Path, required=True, help="its model_config.json gets the times")
     parser.add_argument("--nfe", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--count", type=int, default=64, help="noise samples, one half to search and one to check on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
-    parser.set_defaults(run=time_grid)
 
-    args = root.parse_args()
+    parser = command("reference", reference, "write a split's images as a folder")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--data_root", default=DATA_ROOT)
+    parser.add_argument("--split_dir", default="data")
+    parser.add_argument("--split", choices=("val", "train"), default="val")
+    parser.add_argument("--size", type=int, default=64)
+
+    given = sys.argv[1:]
+    split = given.index("--") if "--" in given else len(given)
+    args = root.parse_args(given[:split])
+    args.base = given[split + 1 :]
+    if args.base and args.run is not ablate:
+        root.error(f"nothing of {' '.join(args.base)} is for this command")
     args.run(args)
 
 

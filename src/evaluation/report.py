@@ -91,8 +91,8 @@ def scores(model: Model, nfe: int, seeds: int, real: np.ndarray) -> dict:
 
 def report(args) -> None:
     """Carry out `python -m src.evaluation report`, whose flags `args` holds."""
-    if args.samples < 8 or args.seeds < 1:
-        raise UserError("--samples must be at least 8 and --seeds at least 1")
+    if args.samples < 16 or args.seeds < 1:
+        raise UserError("--samples must be at least 16 and --seeds at least 1")
     device = pick_device(args.device)
     features = load_features(args.features or official_inception(), device)
     model = Model(args.checkpoint, features, device, args.samples)

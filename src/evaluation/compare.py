@@ -1,0 +1,131 @@
+"""Differences between models on common noise, and ablations: one change at a time from one base command."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from src.evaluation.distances import frechet_distance
+from src.evaluation.features import load_features, official_inception
+from src.evaluation.intervals import mean_interval
+from src.evaluation.report import Data, Model
+from src.evaluation.scoring import NFES
+from src.utils import UserError, pick_device, replacing, write_json
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def checkpoint_of(run: str) -> Path:
+    """The checkpoint itself, or a run's final model."""
+    path = Path(run)
+    path = path / "final_model.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: name one, or a folder that train.py has finished")
+    return path
+
+
+def differences(distances: dict[str, list[float]]) -> dict[str, dict]:
+    """Each model's distances against the first's, seed by seed.
+
+    Args:
+        distances: for each model, one value for each sampling seed, the same seeds for all.
+    Returns: for each model the mean and half interval of its distance and of its difference to the first, and whether
+        the difference exceeds what sampling seeds do (its 95 % interval leaves out 0).
+    """
+    base = next(iter(distances.values()))
+    found = {}
+    for name, values in distances.items():
+        difference, half = mean_interval([a - b for a, b in zip(values, base, strict=True)])
+        found[name] = {
+            "distance": mean_interval(values),
+            "difference": (difference, half),
+            "exceeds noise": len(values) > 1 and abs(difference) > half,
+        }
+    return found
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Carry out `python -m src.evaluation compare`, whose flags `args` holds."""
+    if args.seeds < 2:
+        raise UserError("--seeds must be at least 2: one seed has no interval")
+    named = {run: checkpoint_of(run) for run in args.runs}
+    write_comparison(named, args)
+
+
+def ablate(args: argparse.Namespace) -> None:
+    """Carry out `python -m src.evaluation ablate`: train the base and each change, then compare them."""
+    if args.seeds < 2:
+        raise UserError("--seeds must be at least 2: one seed has no interval")
+    changes: dict[str, list[str]] = {"base": []}
+    for change in args.change:
+        name, colon, setting = change.partition(":")
+        flag, equals, value = setting.partition("=")
+        if not (name and colon and flag and equals) or name in changes:
+            raise UserError(f"--change {change!r} is not of the form name:flag=value with a name of its own")
+        changes[name] = [f"--{flag}", value]
+    data = ["--data_root", args.data_root, "--split_dir", args.split_dir]
+    for name, flags in changes.items():  # a finished or interrupted run goes on by the same command
+        command = [sys.executable, "train.py", *data, *args.base, *flags, "--save_dir", str(Path(args.out) / name)]
+        if not (Path(args.out) / name / "final_model.pt").exists() and subprocess.run(command).returncode:
+            raise UserError(f"the run {name} failed: {' '.join(command[1:])}")
+    write_comparison({name: checkpoint_of(str(Path(args.out) / name)) for name in changes}, args)
+
+
+def write_comparison(checkpoints: dict[str, Path], args: argparse.Namespace) -> None:
+    """Score each on the same noise; print the table, write OUT/comparison.json, .md and .png."""
+    device = pick_device(args.device)
+    features = load_features(args.features or official_inception(), device)
+    models = {name: Model(str(path), features, device, args.samples) for name, path in checkpoints.items()}
+    sizes = {model.net.image_size for model in models.values()}
+    if len(sizes) > 1:
+        raise UserError(f"the models make images of different sizes ({sorted(sizes)}): they cannot be compared")
+    real = Data(args.data_root, args.split_dir, "val", sizes.pop(), features, device).features
+    content = {"distance": features.distance, "samples": args.samples, "seeds": args.seeds, "nfe": {}}
+    for nfe in NFES:
+        found = {
+            name: [frechet_distance(model.embedded(nfe, seed), real) for seed in range(args.seeds)]
+            for name, model in models.items()
+        }
+        content["nfe"][str(nfe)] = differences(found)
+
+    lines = [
+        f"{features.distance}, {args.samples} samples, {args.seeds} common sampling seeds; difference to "
+        f"{next(iter(models))} (± half the 95 % interval), * where it exceeds noise",
+        "",
+        "| | " + " | ".join(f"NFE {nfe} | difference" for nfe in NFES) + " |",
+        "|---" * (1 + 2 * len(NFES)) + "|",
+    ]
+    for i, name in enumerate(models):
+        cells = []
+        for rows in content["nfe"].values():
+            row = rows[name]
+            mark = " *" if row["exceeds noise"] else ""
+            cells.append("{:.2f} ± {:.2f}".format(*row["distance"]))
+            cells.append("{:+.2f} ± {:.2f}{}".format(*row["difference"], mark) if i else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    out = Path(args.out)
+    write_json(out / "comparison.json", content)
+    with replacing(out / "comparison.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+    _plot(content, list(models), out / "comparison.png")
+    print("\n".join(lines))
+
+
+def _plot(content: dict, names: list[str], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.5 * len(names)), constrained_layout=True)
+    rows = np.arange(len(names))
+    for i, (nfe, found) in enumerate(content["nfe"].items()):
+        means, halves = zip(*(found[name]["distance"] for name in names), strict=True)
+        axes.errorbar(means, rows + 0.15 * (i - 1), xerr=halves, fmt="o", capsize=3, label=f"NFE {nfe}")
+    axes.set_yticks(rows, names)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{content['distance']} (mean and 95 % interval over sampling seeds)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)

@@ -1,0 +1,220 @@
+"""Reports, comparisons, and the measures behind them."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import cleanfid.fid
+import numpy as np
+import pytest
+
+import train as train_py
+from custom_model import create_custom_model
+from src.evaluation.compare import differences
+from src.evaluation.distances import frechet_distance, kernel_distance, manifold_scores
+from src.evaluation.failures import copies, failure_rates, nearest, saturation, sharpness
+from src.evaluation.intervals import at_infinity, mean_interval
+from src.utils import save_model
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def features(count, width=16, seed=0, shift=0.0):
+    return np.random.default_rng(seed).normal(shift, 1, (count, width)).astype(np.float32)
+
+
+def test_kernel_distance_is_clean_fids_formula_on_all_images():
+    a, b = features(120, seed=1), features(120, seed=2, shift=0.3)
+    # Subsets as large as the sets are the sets themselves, in another order.
+    theirs = cleanfid.fid.kernel_distance(a.astype(np.float64), b.astype(np.float64), num_subsets=1)
+    ours, _ = kernel_distance(a, b)
+    # clean-fid's cross term keeps b.sum() * 2 / m, ours the same mean: equal but for rounding.
+    assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_kernel_distances_error_is_its_spread():
+    found = [kernel_distance(features(200, seed=i), features(200, seed=1000 + i, shift=0.3)) for i in range(60)]
+    spread = np.std([distance for distance, _ in found], ddof=1)
+    assert np.mean([error for _, error in found]) == pytest.approx(spread, rel=0.35)
+    null = [kernel_distance(features(200, seed=i), features(200, seed=1000 + i))[0] for i in range(60)]
+    assert abs(np.mean(null)) < 3 * np.std(null) / np.sqrt(60)  # unbiased
+
+
+def test_manifold_scores_by_their_definitions():
+    real, fake, k = features(40, 3, seed=1), features(50, 3, seed=2, shift=0.5), 5
+    distance = lambda x, y: float(np.linalg.norm(x.astype(np.float64) - y))  # noqa: E731
+    ball = lambda x, own: sorted(distance(x, y) for y in own)[k]  # noqa: E731 (the first is x itself)
+    real_balls, fake_balls = [ball(x, real) for x in real], [ball(x, fake) for x in fake]
+    inside = np.array([[distance(r, f) < radius for f in fake] for r, radius in zip(real, real_balls, strict=True)])
+    of_fakes = np.array([[distance(r, f) < radius for f, radius in zip(fake, fake_balls, strict=True)] for r in real])
+    assert manifold_scores(real, fake, k) == pytest.approx(
+        {
+            "precision": inside.any(0).mean(),
+            "recall": of_fakes.any(1).mean(),
+            "density": inside.sum() / (k * len(fake)),
+            "coverage": inside.any(1).mean(),
+        }
+    )
+    assert manifold_scores(real, real + 100, k) == dict.fromkeys(("precision", "recall", "density", "coverage"), 0)
+
+
+def test_intervals_and_limits():
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.303 / np.sqrt(3)), rel=1e-3)
+    assert mean_interval([5.0]) == (5, 0)
+    covered = 0
+    for seed in range(400):
+        mean, half = mean_interval(np.random.default_rng(seed).normal(3, 2, 4).tolist())
+        covered += abs(mean - 3) < half
+    assert 0.92 < covered / 400 < 0.98
+    assert at_infinity([100, 200, 400], [5 + 300 / n for n in (100, 200, 400)]) == pytest.approx(5)
+    # The bias is real: two samples of one distribution, whose distance is 0.
+    sizes = [100, 200, 400]
+    falling = [frechet_distance(features(n, seed=n), features(20_000, seed=1)) for n in sizes]
+    assert falling == sorted(falling, reverse=True) and abs(at_infinity(sizes, falling)) < 0.5 * falling[-1]
+
+
+def test_failures_are_found_where_they_are():
+    rng = np.random.default_rng(0)
+    data = rng.integers(20, 235, (200, 16, 16, 3), np.uint8)
+    data_features = features(200)
+    rates = failure_rates(data, data_features, data, data_features)
+    assert all(rate <= 0.015 for name, rate in rates.items() if name != "far from data"), rates
+
+    broken = data[:100].copy()
+    broken[:10] = 128
+    broken[10:30] = 255
+    twins = data_features[:100].copy()
+    twins[:40] = twins[40:80] + 1e-4
+    twins[90:] += 50
+    rates = failure_rates(broken, twins, data, data_features)
+    assert rates["blurred"] == pytest.approx(0.30, abs=0.03)  # a constant image has no detail, white ones too
+    assert rates["saturated"] >= 0.2 and rates["near-duplicates"] == pytest.approx(0.8, abs=0.05)
+    assert rates["far from data"] >= 0.1
+    assert sharpness(broken[:1]) == 0 and saturation(broken[10:11]) == 1
+
+
+def test_copies_of_training_images_are_found():
+    train, unseen = features(300, seed=1), features(200, seed=2)
+    honest, copied = features(200, seed=3), train[:200] + 0.01
+    assert copies(honest, train, unseen)["share of copies"] < 0.05
+    assert copies(honest, train, unseen)["nearer than unseen"] == pytest.approx(0.5, abs=0.1)
+    found = copies(copied, train, unseen)
+    assert found["share of copies"] == 1 and found["nearer than unseen"] == 1
+    assert found["nearest"].tolist() == list(range(200))
+    index, distance = nearest(train, train, same=True)
+    assert (index != np.arange(300)).all() and (distance > 0).all()
+
+
+def test_differences_are_paired_over_seeds():
+    noise = np.random.default_rng(0).normal(0, 5, 4)
+    found = differences({"a": list(10 + noise), "b": list(11 + noise + [0.01, -0.01, 0.02, 0]), "c": list(10 - noise)})
+    assert found["a"]["difference"] == (0, 0) and not found["a"]["exceeds noise"]
+    assert found["b"]["difference"][0] == pytest.approx(1, abs=0.02) and found["b"]["exceeds noise"]
+    assert not found["c"]["exceeds noise"]
+
+
+@pytest.fixture
+def runs(faces, workdir, randomised):
+    """Two small models as finished runs."""
+    for seed in (1, 2):
+        model = randomised(create_custom_model(unet="small", image_size=32, objective="shortcut"), seed)
+        save_model(model, workdir / f"run{seed}/final_model.pt", {"unet": "small", "image_size": 32})
+    return workdir
+
+
+def evaluation(cwd, env, *args):
+    command = [sys.executable, "-m", "src.evaluation", *map(str, args), "--device", "cpu"]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def test_report_is_whole_reproducible_and_reads_without_a_network(runs, faces, tiny_network, script_env):
+    flags = ["--data_root", faces, "--split_dir", faces, "--features", tiny_network, "--samples", "16", "--seeds", "2"]
+    command = ["report", "--checkpoint", "run1/final_model.pt", "--sweep", "1", "3", *flags]
+    result = evaluation(runs, script_env, *command, "--out", "out")
+    assert result.returncode == 0, result.stderr
+    content = json.loads((runs / "out/report.json").read_text())
+    assert content["distance"] == "FD[tiny]" and list(content["nfe"]) == ["1", "2", "4"]
+    assert list(content["sweep"]) == ["1", "3"] and content["training images"] == 24
+    for found in content["nfe"].values():
+        mean, half = found["intervals"]["frechet"]
+        values = [row["frechet"] for row in found["seeds"]]
+        assert mean == pytest.approx(np.mean(values)) and half > 0 and values[0] != values[1]
+        assert found["ratio"] == pytest.approx(mean / content["floor"]["frechet"])
+        assert found["samples"]["counts"] == [32, 16, 8]
+    assert content["sweep"]["1"] == content["nfe"]["1"]["seeds"][0]["frechet"]
+    result = evaluation(runs, script_env, *command, "--out", "again")  # from the cache
+    assert "NFE 1, seed" not in result.stderr
+    assert json.loads((runs / "again/report.json").read_text()) == content
+
+    page = (runs / "out/report.html").read_text()
+    assert "http" not in page and page.count("<figure") == len(re.findall("data:image/png;base64", page))
+    for told in ("FD[tiny]", "color-scheme: light dark", "width=device-width", "id=nfe"):
+        assert told in page
+    assert f"{content['nfe']['1']['ratio']:.2f}" in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page's look is not tested")
+def test_page_works_in_a_browser(runs, faces, tiny_network, script_env):
+    flags = ["--data_root", faces, "--split_dir", faces, "--features", tiny_network, "--samples", "16", "--seeds", "1"]
+    result = evaluation(
+        runs, script_env, "report", "--checkpoint", "run1/final_model.pt", "--sweep", "1", *flags, "--out", "out"
+    )
+    assert result.returncode == 0, result.stderr
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+               "--disable-background-networking", "--disable-component-update", "--window-size=390,3000",
+               f"--user-data-dir={runs / 'profile'}", "--virtual-time-budget=2000"]  # fmt: skip
+    url = (runs / "out/report.html").as_uri()
+    shown = subprocess.run([CHROMIUM, *options, "--dump-dom", url], capture_output=True, text=True, timeout=120).stdout
+    assert shown.count("data-nfe") >= 3 and len(re.findall(r"data-nfe[^>]*hidden", shown)) == 2  # one grid shows
+
+
+def test_comparison_and_ablation(runs, faces, tiny_network, script_env):
+    flags = ["--data_root", faces, "--split_dir", faces, "--features", tiny_network, "--samples", "16", "--seeds", "2"]
+    result = evaluation(runs, script_env, "compare", "run1", "run1/final_model.pt", "run2", *flags, "--out", "compared")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((runs / "compared/comparison.json").read_text())["nfe"]["1"]
+    assert found["run1/final_model.pt"]["difference"] == [0, 0] and found["run2"]["difference"][0] != 0
+    assert (runs / "compared/comparison.png").stat().st_size > 1000
+    assert "| run2 |" in result.stdout and "| run2 |" in (runs / "compared/comparison.md").read_text()
+
+    base = ["--unet", "small", "--image_size", "32", "--batch_size", "8", "--num_iterations", "2", "--device", "cpu"]
+    (runs / "train.py").symlink_to(train_py.__file__)
+    command = ["ablate", "--change", "fast:lr=1e-3", *flags, "--out", "ablated"]
+    whole = [sys.executable, "-m", "src.evaluation", *map(str, command), "--device", "cpu", "--", *base]
+    result = subprocess.run(whole, cwd=runs, env=script_env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lr = {
+        name: json.loads((runs / f"ablated/{name}/training_config.json").read_text())["lr"] for name in ("base", "fast")
+    }
+    assert lr == {"base": 1e-4, "fast": 1e-3}
+    result = subprocess.run(whole, cwd=runs, env=script_env, capture_output=True, text=True)
+    assert result.returncode == 0 and "training:" not in result.stderr  # finished runs are not trained again
+
+
+def test_speed_counts_the_network_calls(runs, script_env):
+    result = evaluation(
+        runs, script_env, "speed", "--checkpoint", "run1/final_model.pt", "--batches", "1", "2", "--repeats", "1"
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)["nfe"]
+    work = [found[nfe]["GFLOP an image"] for nfe in ("1", "2", "4")]
+    assert work[1] == pytest.approx(2 * work[0], rel=0.01) and work[2] == pytest.approx(4 * work[0], rel=0.01)
+    assert set(found["4"]["images a second"]) == {"1", "2"} and found["4"]["latency of one image, ms"] > 0
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["compare", "absent"], "no checkpoint at absent"),
+        (["compare", "run1", "--seeds", "1"], "--seeds must be at least 2"),
+        (["ablate", "--change", "fast"], "not of the form name:flag=value"),
+        (["report", "--checkpoint", "run1/final_model.pt", "--samples", "3"], "--samples must be at least 16"),
+    ],
+)
+def test_bad_wishes_get_one_line(runs, faces, tiny_network, script_env, command, message):
+    flags = ["--data_root", faces, "--split_dir", faces, "--features", tiny_network, "--out", "out"]
+    result = evaluation(runs, script_env, *command, *flags)
+    assert result.returncode == 1 and message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr and not (runs / "out").exists()
