@@ -69,13 +69,14 @@ def write_page(path: Path, content: dict, figures: Figures) -> None:
         f"weights {content['weights']}"
     )
     keys = list(content["nfe"])
+    title = html.escape("/".join(Path(content["checkpoint"]).parts[-2:]))
     grids = "".join(
         f'<figure data-nfe><img alt="samples at NFE {nfe}" src="{_png(_grid(_rows(images, 8), 3))}">'
         f"<figcaption>NFE {nfe}: 32 samples from the same noise, chosen by seed.</figcaption></figure>"
         for nfe, images in figures.samples.items()
     )
     parts = [
-        f"<h1>{html.escape(Path(content['checkpoint']).name)}: {name} at NFE {', '.join(keys)}</h1><p>{facts}.</p>",
+        f"<h1>{title}: {name} at NFE {', '.join(keys)}</h1><p>{facts}.</p>",
         _score_table(content),
         "<h2>Samples</h2>"
         f"<label>NFE <input id=nfe type=range min=0 max={len(figures.samples) - 1} value=0></label>{grids}",
