@@ -102,7 +102,9 @@ class CustomGenerativeModel(BaseGenerativeModel):
         scale = self.scheduler.num_train_timesteps
 
         def embedded(time):
-            return torch.as_tensor(time, dtype=torch.float32, device=xt.device).expand(len(xt)) * scale
+            if not isinstance(time, Tensor):  # filled on the device: copying a number there would wait for it
+                return torch.full((len(xt),), time * scale, dtype=torch.float32, device=xt.device)
+            return time.to(xt.device, torch.float32).expand(len(xt)) * scale
 
         if self.network.use_additional_condition:
             return self.network(xt, embedded(t), embedded(0.0 if d is None else d)).to(xt.dtype)

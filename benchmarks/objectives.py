@@ -12,20 +12,28 @@ OUT/grid.png, one row an objective from the same noise.
 import argparse
 import copy
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import t as student_t
 from torch.utils.flop_counter import FlopCounterMode
 
 from custom_model import create_custom_model
+from src.evaluation.intervals import mean_interval
 from src.evaluation.scoring import NFES, Scorer
 from src.objectives import make_objective, parse_stages
 from src.training.engine import Recipe, Stage, Training, plan
-from src.utils import labelled_grid, load_model, one_line_errors, pick_device, tensor_to_pil_image, write_json
+from src.utils import (
+    UserError,
+    labelled_grid,
+    load_model,
+    one_line_errors,
+    pick_device,
+    run_to_the_end,
+    tensor_to_pil_image,
+    write_json,
+)
 
 
 def flops(work) -> int:
@@ -56,19 +64,16 @@ def steps_for(model, shares: list[tuple[str, float]], budget: float, batch_size:
         if stage.objective.pairs:
             budget -= stage.objective.pairs * stage.objective.solver_steps * calls[stage.objective.solver]
     cost = sum(share * evaluations_a_sample(model, stage) for (_, share), stage in zip(shares, stages, strict=True))
-    return int(budget / (cost * batch_size)), cost
+    steps = int(budget / (cost * batch_size))
+    if steps < len(stages):
+        raise UserError(f"the budget does not reach for {', '.join(name for name, _ in shares)}")
+    return steps, cost
 
 
 def scores_of(model, scorers: list[Scorer]) -> dict[str, list[float]]:
     """The distance at each NFE for each scorer's sampling seed."""
     found = [list(scorer(model).values())[: len(NFES)] for scorer in scorers]
     return {str(nfe): [one[i] for one in found] for i, nfe in enumerate(NFES)}
-
-
-def interval(values: list[float]) -> str:
-    """Mean and half the 95 % interval over sampling seeds (Student's t)."""
-    half = student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{np.mean(values):.2f} ± {half:.2f}"
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -100,7 +105,8 @@ def main() -> None:
     batch_size = batch.parse_known_args(extra)[0].batch_size
     data = ["--data_root", args.data_root, "--split_dir", args.split_dir]
     scoring = args.data_root, args.split_dir, start.image_size, args.samples, args.features, device
-    scorers = [Scorer(*scoring, seed=1000 * (1 + i)) for i in range(args.seeds)]
+    scorers = [Scorer(*scoring, seed=1_000_000 * (1 + i)) for i in range(args.seeds)]
+    settings = {k: v for k, v in vars(args).items() if k not in ("objectives", "out", "device")} | {"extra": extra}
 
     rows, grid = {}, {}
     for name in ["start", *args.objectives]:
@@ -108,7 +114,7 @@ def main() -> None:
         result = folder / "scores.json"
         if not result.exists():
             row = {"evaluations_a_sample": 0.0, "samples": 0, "hours": 0.0}
-            model = start.to(device)
+            model = copy.deepcopy(start).to(device)
             if name != "start":
                 shares = parse_stages(name if ":" in name else f"{name}:1")
                 steps, cost = steps_for(start, shares, args.budget, batch_size)
@@ -116,13 +122,16 @@ def main() -> None:
                 command += ["--stages", name] if ":" in name else ["--objective", name]
                 command += ["--unet", config["unet"], "--image_size", str(start.image_size), *data]
                 command += ["--num_train_timesteps", str(config["num_train_timesteps"]), "--use_additional_condition"]
-                subprocess.run([*command, "--device", args.device, "--save_dir", str(folder), *extra], check=True)
+                run_to_the_end([*command, "--device", args.device, "--save_dir", str(folder), *extra])
                 model = load_model(folder / "final_model.pt", create_custom_model, device)
                 hours = json.loads((folder / "run.json").read_text())["device_hours"]
                 row = {"evaluations_a_sample": cost, "samples": steps * batch_size, "hours": hours}
-            write_json(result, {**row, "distances": scores_of(model, scorers)})
+            write_json(result, {**row, "settings": settings, "distances": scores_of(model, scorers)})
         rows[name] = json.loads(result.read_text())
-        model = start if name == "start" else load_model(folder / "final_model.pt", create_custom_model, device)
+        if rows[name]["settings"] != settings:
+            raise UserError(f"{result} was measured with {rows[name]['settings']}: choose another --out")
+        final = args.start if name == "start" else folder / "final_model.pt"
+        model = load_model(final, create_custom_model, device)
         grid[name] = []
         for nfe in NFES:  # four images each, side by side
             noise = [torch.Generator().manual_seed(i) for i in range(4)]
@@ -138,7 +147,7 @@ def main() -> None:
         "|" + "---|" * (4 + len(NFES)),
     ]
     for name, row in rows.items():
-        cells = " | ".join(interval(row["distances"][str(nfe)]) for nfe in NFES)
+        cells = " | ".join("{:.2f} ± {:.2f}".format(*mean_interval(row["distances"][str(nfe)])) for nfe in NFES)
         lines.append(
             f"| {name} | {row['evaluations_a_sample']:.1f} | {row['samples']:,} | {row['hours']:.2f} | {cells} |"
         )

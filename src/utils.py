@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,23 @@ def one_line_errors() -> Iterator[None]:
         sys.exit("error: out of GPU memory: lower --batch_size, or in training --micro_batch")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def run_to_the_end(command: list[str]) -> None:
+    """Run a script of ours that saves when it is interrupted: on Ctrl-C, wait for that first.
+
+    Raises: UserError if it fails; KeyboardInterrupt once it has ended, if there was one.
+    """
+    process, interrupted = subprocess.Popen(command), False
+    while process.poll() is None:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        raise KeyboardInterrupt
+    if process.returncode:
+        raise UserError(f"{' '.join(command[1:])} failed, and said why above")
 
 
 def seed_everything(seed: int) -> None:
@@ -181,6 +199,12 @@ def save_model(
         torch.save({"state_dict": model.state_dict(), "model_config": model_config, **extra}, temporary)
 
 
+def objective_of(checkpoint: dict) -> dict[str, str]:
+    """The part of a config that differs between the checkpoints of one run: a stage's objective, if they tell it."""
+    config = checkpoint.get("model_config", {})
+    return {"objective": config["objective"]} if "objective" in config else {}
+
+
 def load_model(
     checkpoint_path: str,
     create_model_fn: Callable[..., nn.Module],
@@ -192,10 +216,11 @@ def load_model(
     Args:
         checkpoint_path: {"state_dict": ...}, or a bare state dict.
         create_model_fn: called as `create_model_fn(device=device, **config)`.
-        config_path: default: `model_config.json` beside the checkpoint.
+        config_path: default: `model_config.json` beside the checkpoint, with the objective that the checkpoint tells.
     Raises: UserError if a file is missing or damaged, or the weights do not fit the config.
     """
     checkpoint = read_checkpoint(checkpoint_path)
+    beside = config_path is None
     config_path = Path(config_path or Path(checkpoint_path).with_name("model_config.json"))
     try:
         config = json.loads(config_path.read_text())
@@ -205,6 +230,8 @@ def load_model(
         raise UserError(f"{config_path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{config_path} must hold a JSON object, not a {type(config).__name__}")
+    if beside:
+        config |= objective_of(checkpoint)
 
     model = create_model_fn(device=device, **config)
     try:

@@ -18,6 +18,7 @@ from src.evaluation.reference import write_reference
 from src.evaluation.scoring import Scorer
 from src.evaluation.time_grid import search_grid
 from src.images import to_pixels
+from src.objectives import make_objective
 from src.utils import UserError, load_model, save_model
 
 
@@ -40,18 +41,22 @@ def test_searched_times_are_better_than_uniform_ones(workdir):
         assert len(grid) == nfe + 1 and grid[0] == 1 and grid[-1] == 0 and sorted(grid, reverse=True) == grid
         assert errors["found"] < 0.8 * errors["uniform"], (grid, errors)
         assert not model.scheduler.time_grids  # the model itself is left as it was
-    with pytest.raises(UserError, match="NFE 1 has no times to choose"):
+    with pytest.raises(UserError, match="times are searched from NFE 2 on"):
         search_grid(model, 1)
+    model.objective = make_objective("adversarial", model.scheduler)
+    with pytest.raises(UserError, match="Adversarial leaves no velocity to follow"):
+        search_grid(model, 2)
 
 
 def test_time_grid_command_writes_what_sampling_reads(workdir, randomised, script_env):
     model = randomised(create_custom_model(unet="small", image_size=32, objective="rectified_flow"))
     config = {"unet": "small", "image_size": 32, "objective": "rectified_flow", "time_grids": {"3": [1, 0.5, 0.2, 0]}}
     save_model(model, "run/model.pt", config)
-    command = [sys.executable, "-m", "src.evaluation", "time_grid", "--checkpoint", "run/model.pt", "--nfe", "2"]
+    command = [sys.executable, "-m", "src.evaluation", "time_grid", "--checkpoint", "run/model.pt", "--nfe", "2",
+               "--out", "timed"]  # fmt: skip
     result = subprocess.run([*command, "--count", "8"], cwd=workdir, env=script_env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    loaded = load_model("run/model.pt", create_custom_model)
+    loaded = load_model("timed/model.pt", create_custom_model)
     assert loaded.scheduler.time_grid(3) == [1, 0.5, 0.2, 0]
     told = json.loads(result.stdout.split("NFE 2: ")[1].split(", error")[0])
     assert loaded.scheduler.time_grid(2) == ([1, 0.5, 0] if "no gain" in result.stdout else told)

@@ -342,6 +342,13 @@ def test_augmentation_is_differentiable_and_treats_pixels_alike():
         (lambda: parse_objective("mean_flow/ratio=1"), "mean_flow has no option 'ratio': its options are .*improved"),
         (lambda: parse_objective("mean_flow/improved=yes"), "mean_flow/improved must be true or false, got 'yes'"),
         (lambda: parse_objective("shortcut/levels=many"), "shortcut/levels must be of type int, got 'many'"),
+        (lambda: make_objective("shortcut/levels=12", None), "levels must be a power of two, from 2 on, got 12"),
+        (lambda: make_objective("shortcut/flow=2", None), r"the option flow must lie in \[0, 1\], got 2.0"),
+        (lambda: make_objective("trajectory/levels=0", None), "the option levels must be at least 1, got 0"),
+        (lambda: make_objective("adversarial/critic_steps=0", None), "critic_steps must be at least 1"),
+        (lambda: make_objective("adversarial/anchor=0", None), "the option anchor must be positive, got 0.0"),
+        (lambda: make_objective("reflow/pairs=0", None), "the option pairs must be at least 1, got 0"),
+        (lambda: make_objective("progressive/steps=3", None), "steps must divide levels/2 = 8, got 3"),
         (lambda: make_objective("adversarial/critic=big", None), "unknown critic 'big': choose encoder or conv"),
         (
             lambda: parse_stages("rectified_flow:0.5,shortcut:0.4"),

@@ -1,6 +1,8 @@
 """A teacher's (noise, image) pairs."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -57,9 +59,21 @@ def test_pairs_are_made_once_and_go_on_where_they_were(teacher, workdir, monkeyp
     np.save(folder / "done.npy", done)
     np.save(folder / "images.npy", np.where(np.arange(200)[:, None, None, None] < room.CHUNK, whole, 0))
     solved = []
+    calls = []
+
+    def interrupted(model, eps, *how):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return solve(model, eps, *how)
+
+    monkeypatch.setattr(room, "solve", interrupted)
+    with pytest.raises(UserError, match="stopped while generating pairs: the same command goes on"):
+        load_pairs(teacher, SHAPE, reflow(), seed=1)
+    assert np.load(folder / "done.npy").tolist() == [True, True, False, False]
     monkeypatch.setattr(room, "solve", lambda model, eps, *how: solved.append(len(eps)) or solve(model, eps, *how))
     assert np.array_equal(load_pairs(teacher, SHAPE, reflow(), seed=1)[1], whole)
-    assert solved == [64, 64, 8, 1, 1, 1]  # what was missing, then the check
+    assert solved == [64, 8, 1, 1, 1]  # what was missing, then the check
     load_pairs(teacher, SHAPE, reflow(), seed=2)
     assert len(list((workdir / "data/cache").iterdir())) == 2
 
@@ -74,7 +88,7 @@ def test_pairs_that_are_not_the_teachers_are_refused(teacher, workdir):
 
 
 def test_bad_wishes_get_one_clear_line(teacher, workdir, monkeypatch):
-    with pytest.raises(UserError, match="unknown solver 'rk4': choose one of euler, heun"):
-        load_pairs(teacher, SHAPE, reflow("solver=rk4"), seed=1)
+    with pytest.raises(UserError, match="unknown solver 'rk4': choose heun or euler"):
+        reflow("solver=rk4")
     with pytest.raises(UserError, match="needs .* GB for the pairs: make room, or ask for fewer"):
         load_pairs(teacher, (3, 64, 64), reflow("pairs=2000000000"), seed=1)

@@ -9,13 +9,16 @@ import sys
 import cleanfid.fid
 import numpy as np
 import pytest
+import torch
 
 import train as train_py
 from custom_model import create_custom_model
 from src.evaluation.compare import differences
 from src.evaluation.distances import frechet_distance, kernel_distance, manifold_scores
 from src.evaluation.failures import copies, failure_rates, nearest, saturation, sharpness
+from src.evaluation.features import load_features
 from src.evaluation.intervals import at_infinity, mean_interval
+from src.evaluation.report import Data, flattened
 from src.utils import save_model
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -100,9 +103,8 @@ def test_copies_of_training_images_are_found():
     honest, copied = features(200, seed=3), train[:200] + 0.01
     assert copies(honest, train, unseen)["share of copies"] < 0.05
     assert copies(honest, train, unseen)["nearer than unseen"] == pytest.approx(0.5, abs=0.1)
-    found = copies(copied, train, unseen)
-    assert found["share of copies"] == 1 and found["nearer than unseen"] == 1
-    assert found["nearest"].tolist() == list(range(200))
+    assert copies(copied, train, unseen) == {"share of copies": 1, "nearer than unseen": 1}
+    assert nearest(copied, train)[0].tolist() == list(range(200))
     index, distance = nearest(train, train, same=True)
     assert (index != np.arange(300)).all() and (distance > 0).all()
 
@@ -157,7 +159,7 @@ def test_report_is_whole_reproducible_and_reads_without_a_network(runs, faces, t
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page's look is not tested")
 def test_page_works_in_a_browser(runs, faces, tiny_network, script_env):
-    flags = ["--data_root", faces, "--split_dir", faces, "--features", tiny_network, "--samples", "16", "--seeds", "1"]
+    flags = ["--data_root", faces, "--split_dir", faces, "--features", tiny_network, "--samples", "16", "--seeds", "2"]
     result = evaluation(
         runs, script_env, "report", "--checkpoint", "run1/final_model.pt", "--sweep", "1", *flags, "--out", "out"
     )
@@ -190,7 +192,22 @@ def test_comparison_and_ablation(runs, faces, tiny_network, script_env):
     }
     assert lr == {"base": 1e-4, "fast": 1e-3}
     result = subprocess.run(whole, cwd=runs, env=script_env, capture_output=True, text=True)
-    assert result.returncode == 0 and "training:" not in result.stderr  # finished runs are not trained again
+    assert result.returncode == 0, result.stderr
+    sessions = json.loads((runs / "ablated/fast/run.json").read_text())["sessions"]
+    assert [(one["first_step"], one["last_step"]) for one in sessions] == [(0, 2), (2, 2)]  # not trained again
+    whole[whole.index("fast:lr=1e-3")] = "fast:lr=1e-2"  # another experiment under the same name
+    result = subprocess.run(whole, cwd=runs, env=script_env, capture_output=True, text=True)
+    assert result.returncode == 1 and "lr was 0.001 and is now 0.01" in result.stderr
+
+
+def test_mirrored_copies_are_found(faces, workdir, tiny_network):
+    device = torch.device("cpu")
+    train = Data(str(faces), str(faces), "train", 32, load_features(tiny_network, device), device)
+    pixels, found = train.either_way()
+    assert pixels.shape == (48, 32, 32, 3) and found.shape == (48, 27)
+    mirrored = flattened(train.pixels[:5, :, ::-1])
+    index, distance = nearest(mirrored, flattened(pixels))
+    assert index.tolist() == [24, 25, 26, 27, 28] and (distance < 1e-5).all()
 
 
 def test_speed_counts_the_network_calls(runs, script_env):
@@ -207,8 +224,10 @@ def test_speed_counts_the_network_calls(runs, script_env):
 @pytest.mark.parametrize(
     "command, message",
     [
-        (["compare", "absent"], "no checkpoint at absent"),
-        (["compare", "run1", "--seeds", "1"], "--seeds must be at least 2"),
+        (["compare", "run1", "absent"], "no checkpoint at absent"),
+        (["compare", "run1", "run1"], "name at least two different runs"),
+        (["compare", "run1", "run2", "--seeds", "1"], "--seeds must be at least 2"),
+        (["report", "--checkpoint", "run1/final_model.pt", "--sweep", "0"], "at least 1, got [0]"),
         (["ablate", "--change", "fast"], "not of the form name:flag=value"),
         (["report", "--checkpoint", "run1/final_model.pt", "--samples", "3"], "--samples must be at least 16"),
     ],

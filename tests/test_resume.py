@@ -171,9 +171,11 @@ def test_any_length_is_rebuilt_from_the_kept_averages(tmp_path):
         target.update(model, step)
         if step % 100 == 0:
             halves = {s: {name: value.half() for name, value in a.items()} for s, a in ema.averages.items()}
-            torch.save({"stage": 0, "age": step, "averages": halves}, tmp_path / f"averages/{step}.pt")
+            torch.save(
+                {"stage": 0, "age": step, "model_config": {}, "averages": halves}, tmp_path / f"averages/{step}.pt"
+            )
     wanted = target.averages["0.07"]["weight"]
-    step, rebuilt = rebuild(tmp_path, 0.07, None)
+    step, _, rebuilt = rebuild(tmp_path, 0.07, None)
     error = (rebuilt["weight"] - wanted).norm()
     nearest = min((average["weight"] - wanted).norm() for average in ema.averages.values())
     assert step == 1600 and error < 0.1 * nearest, (error, nearest)

@@ -17,11 +17,12 @@ from toy import one_stage
 
 import train as train_py
 from custom_model import create_custom_model
+from src.objectives import make_objective, parse_stages
 from src.objectives.contract import Nets
 from src.training.data import batch_indices, load_images, to_batch
 from src.training.distributed import World
 from src.training.ema import EMA, gamma_of
-from src.training.engine import Loss, Recipe, accumulate_gradient, train
+from src.training.engine import Loss, Recipe, accumulate_gradient, plan, train
 from src.training.estimate import estimate
 from src.utils import UserError, load_model, save_model, tensor_to_pil_image
 
@@ -185,6 +186,26 @@ def test_objectives_that_cannot_be_trained_are_refused(faces, workdir, script_en
     assert "Traceback" not in result.stderr and not (workdir / "results").exists()
 
 
+def test_a_checkpoint_keeps_the_objective_of_its_stage(faces, workdir):
+    """What a network is asked for depends on it, and the run's config names only the last stage's."""
+    images, key = load_images(str(faces), str(faces), 32)
+    model = create_custom_model(unet="small", image_size=32, objective="shortcut")
+    stages = plan(
+        parse_stages("rectified_flow:0.5,shortcut:0.5"), lambda name: make_objective(name, model.scheduler), 4
+    )
+    recipe = Recipe(batch_size=8, num_iterations=4, save_interval=2, eval_interval=1)
+    config = {"unet": "small", "image_size": 32, "use_additional_condition": True}
+    ratios = iter([3.0, 1.0, 2.0, 2.0])  # the best is the first stage's last
+    train(model, config, images, key, recipe, stages, Path("run"), {}, evaluate=lambda model: {"ratio": next(ratios)})
+    kinds = {
+        name: type(load_model(f"run/{name}", create_custom_model).objective).__name__
+        for name in ("best_model.pt", "checkpoint_iter_2.pt", "final_model.pt")
+    }
+    flow = "RectifiedFlow"
+    assert kinds == {"best_model.pt": flow, "checkpoint_iter_2.pt": flow, "final_model.pt": "Shortcut"}
+    assert json.loads(Path("run/model_config.json").read_text())["objective"] == "shortcut"
+
+
 def test_a_teacher_must_fit_and_is_what_the_run_starts_from(faces, workdir, randomised):
     model = randomised(create_custom_model(unet="small", image_size=32, objective="rectified_flow"))
     save_model(model, "teacher/model.pt", {"unet": "small", "image_size": 32, "objective": "rectified_flow"})
@@ -223,7 +244,9 @@ def test_memory_estimate_counts_what_autograd_keeps():
 def test_presets_are_recipes_and_document_themselves():
     known = {field.name for field in fields(Recipe)}
     for values in train_py.PRESETS.values():
-        assert set(values) <= known and Recipe(**values)
+        recipe = {name: value for name, value in values.items() if name != "stages"}
+        assert set(recipe) <= known and Recipe(**recipe)
+        assert len(parse_stages(values["stages"])) > 1
 
 
 def test_learning_rate_rises_rests_and_falls():

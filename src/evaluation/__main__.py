@@ -34,7 +34,7 @@ def reference(args: argparse.Namespace) -> None:
 
 
 def time_grid(args: argparse.Namespace) -> None:
-    choose_grids(args.checkpoint, args.nfe, args.count, args.seed, pick_device(args.device))
+    choose_grids(args.checkpoint, args.out, args.nfe, args.count, args.seed, pick_device(args.device))
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +84,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
 
     parser = command("time_grid", time_grid, "search a sampler's times for a model")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="its model_config.json gets the times")
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model with its times")
     parser.add_argument("--nfe", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--count", type=int, default=64, help="noise samples, one half to search and one to check on")
     parser.add_argument("--seed", type=int, default=0)

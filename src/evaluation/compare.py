@@ -1,7 +1,6 @@
 """Differences between models on common noise, and ablations: one change at a time from one base command."""
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,9 +10,9 @@ import numpy as np
 from src.evaluation.distances import frechet_distance
 from src.evaluation.features import load_features, official_inception
 from src.evaluation.intervals import mean_interval
-from src.evaluation.report import Data, Model
+from src.evaluation.report import Data, Model, check_counts
 from src.evaluation.scoring import NFES
-from src.utils import UserError, pick_device, replacing, write_json
+from src.utils import UserError, pick_device, replacing, run_to_the_end, write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -50,16 +49,16 @@ def differences(distances: dict[str, list[float]]) -> dict[str, dict]:
 
 def compare(args: argparse.Namespace) -> None:
     """Carry out `python -m src.evaluation compare`, whose flags `args` holds."""
-    if args.seeds < 2:
-        raise UserError("--seeds must be at least 2: one seed has no interval")
-    named = {run: checkpoint_of(run) for run in args.runs}
-    write_comparison(named, args)
+    check_counts(args)
+    if len(set(args.runs)) < max(2, len(args.runs)):
+        raise UserError("name at least two different runs")
+    write_comparison({run: checkpoint_of(run) for run in args.runs}, args)
 
 
 def ablate(args: argparse.Namespace) -> None:
     """Carry out `python -m src.evaluation ablate`: train the base and each change, then compare them."""
-    if args.seeds < 2:
-        raise UserError("--seeds must be at least 2: one seed has no interval")
+    check_counts(args)
+    load_features(args.features or official_inception(), pick_device(args.device))  # before hours of training
     changes: dict[str, list[str]] = {"base": []}
     for change in args.change:
         name, colon, setting = change.partition(":")
@@ -67,11 +66,10 @@ def ablate(args: argparse.Namespace) -> None:
         if not (name and colon and flag and equals) or name in changes:
             raise UserError(f"--change {change!r} is not of the form name:flag=value with a name of its own")
         changes[name] = [f"--{flag}", value]
-    data = ["--data_root", args.data_root, "--split_dir", args.split_dir]
-    for name, flags in changes.items():  # a finished or interrupted run goes on by the same command
-        command = [sys.executable, "train.py", *data, *args.base, *flags, "--save_dir", str(Path(args.out) / name)]
-        if not (Path(args.out) / name / "final_model.pt").exists() and subprocess.run(command).returncode:
-            raise UserError(f"the run {name} failed: {' '.join(command[1:])}")
+    data = ["--data_root", args.data_root, "--split_dir", args.split_dir, "--device", args.device]
+    for name, flags in changes.items():  # by the same command runs go on, finished ones end at once, others are refused
+        folder = str(Path(args.out) / name)
+        run_to_the_end([sys.executable, "train.py", *data, *args.base, *flags, "--save_dir", folder])
     write_comparison({name: checkpoint_of(str(Path(args.out) / name)) for name in changes}, args)
 
 

@@ -54,7 +54,6 @@ def manifold_scores(real: np.ndarray, fake: np.ndarray, k: int = 5) -> dict[str,
     recall: of the reals in some fake ball; density: real balls around a fake, as a multiple of k; coverage: share of
     the reals with a fake in their ball.
     """
-    real, fake = real.astype(np.float64), fake.astype(np.float64)
     real_radius, fake_radius = (np.partition(pairwise_distances(x, x), k, axis=1)[:, k] for x in (real, fake))
     across = pairwise_distances(real, fake)
     in_real = across < real_radius[:, None]
@@ -66,7 +65,12 @@ def manifold_scores(real: np.ndarray, fake: np.ndarray, k: int = 5) -> dict[str,
     }
 
 
-def pairwise_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Euclidean distances of all pairs of rows."""
-    squares = np.square(x).sum(1)[:, None] + np.square(y).sum(1) - 2 * x @ y.T
-    return np.sqrt(np.maximum(squares, 0))
+def pairwise_distances(x: np.ndarray, y: np.ndarray, block: int = 2048) -> np.ndarray:
+    """Euclidean distances of all pairs of rows, in float64: those of near copies are differences of large numbers."""
+    x = x.astype(np.float64)
+    found = np.empty((len(x), len(y)))
+    for start in range(0, len(y), block):
+        part = y[start : start + block].astype(np.float64)
+        squares = np.square(x).sum(1)[:, None] + np.square(part).sum(1) - 2 * x @ part.T
+        found[:, start : start + block] = np.sqrt(np.maximum(squares, 0))
+    return found

@@ -79,14 +79,14 @@ def write_page(path: Path, content: dict, figures: Figures) -> None:
         f"<h1>{title}: {name} at NFE {', '.join(keys)}</h1><p>{facts}.</p>",
         _score_table(content),
         "<h2>Samples</h2>"
-        f"<label>NFE <input id=nfe type=range min=0 max={len(figures.samples) - 1} value=0></label>{grids}",
+        f"<label>NFE {', '.join(keys)} <input id=nfe type=range min=0 max={len(keys) - 1} value=0></label>{grids}",
         "<h2>Quality against network calls</h2>",
         _figure(_plot_sweep(content), f"{name} of one sampling seed; the line is the floor.", plot=True),
         "<h2>Sample size</h2>",
         _figure(
             _plot_limit(content),
-            f"{name} against 1/N: its bias falls as samples grow, towards the limit at 0 on the left. Compare scores "
-            "only at the same N.",
+            f"{name} against 1/N: its bias falls as samples grow, towards the limit at 0 on the left; that of "
+            "the finite number of validation images stays. Compare scores only at the same N.",
             plot=True,
         ),
         "<h2>Memory</h2>",
@@ -102,7 +102,7 @@ def write_page(path: Path, content: dict, figures: Figures) -> None:
     ]
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{name}</title><style>{STYLE}</style><body>{''.join(parts)}<script>{SCRIPT}</script></body></html>"
+        f"<title>{html.escape(name)}</title><style>{STYLE}</style><body>{''.join(parts)}<script>{SCRIPT}</script></body></html>"
     )
     with replacing(path) as temporary:
         temporary.write_text(page)
@@ -128,13 +128,16 @@ def _score_table(content: dict) -> str:
 
 
 def _memory(content: dict, figures: Figures) -> str:
+    columns = [(space, told) for space in ("features", "pixels") for told in ("share of copies", "nearer than unseen")]
     rows = [
-        (f"NFE {nfe}", f"{found['memory']['share of copies']:.3f}", f"{found['memory']['nearer than unseen']:.3f}")
+        (f"NFE {nfe}", *(f"{found['memory'][space][told]:.3f}" for space, told in columns))
         for nfe, found in content["nfe"].items()
     ]
-    table = _table(("", "share of copies (unseen images: 0.01)", "nearer than unseen (unseen images: 0.5)"), rows)
+    table = _table(("", *(f"{told}, by {space}" for space, told in columns)), rows)
     return (
-        f"<div class=wide>{table}</div>"
+        f"<div class=wide>{table}</div><p>Share of copies: samples nearer to a training image, or its mirror image, "
+        "than 99 % of the validation images are (without memory 0.01). Nearer than unseen: the chance that a sample is "
+        "nearer than a validation image (without memory 0.5; bad samples are far from all images and have less).</p>"
         + _figure(_plot_memory(figures), "Distance to the nearest training image, by features, at NFE 4.", plot=True)
         + _figure(
             _png(_grid(figures.closest, 3)), "The eight samples nearest to training images by features, above those."
@@ -153,7 +156,7 @@ def _failure_table(content: dict) -> str:
 
 def _table(head: tuple, rows: list[tuple], name: str = "") -> str:
     line = lambda cells, tag: f"<tr>{''.join(f'<{tag}>{html.escape(str(c))}</{tag}>' for c in cells)}</tr>"  # noqa: E731
-    return f"<table id='{name}'>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+    return f"<table{f' id={name}' if name else ''}>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
 def _figure(source: str, caption: str, plot: bool = False) -> str:

@@ -15,7 +15,7 @@ from src.evaluation.intervals import at_infinity, mean_interval
 from src.evaluation.page import Figures, write_page
 from src.evaluation.scoring import NFES, image_features
 from src.images import read_rgb, split_paths, to_pixels
-from src.utils import UserError, cached_array, load_model, pick_device, tensor_to_pil_image, write_json
+from src.utils import UserError, cached_array, load_model, pick_device, read_checkpoint, tensor_to_pil_image, write_json
 
 SWEEP = (1, 2, 3, 4, 5, 8, 10, 20, 50, 100, 250)
 
@@ -57,15 +57,39 @@ class Model:
 
 
 class Data:
-    """A split's images as the model should make them, uint8 [N, H, W, 3], and their features."""
+    """A split's images as the model should make them: `pixels`, uint8 [N, H, W, 3], and `features`, [N, D]."""
 
     def __init__(self, data_root: str, split_dir: str, split: str, size: int, features: Features, device: torch.device):
         pixels = to_pixels(size)
         paths = split_paths(data_root, split, split_dir)
         images = [tensor_to_pil_image(pixels(read_rgb(path))) for path in tqdm(paths, desc=split, leave=False)]
+        if len(images) < 8:
+            raise UserError(f"the {split} split has {len(images)} images: scores need at least 8")
         self.pixels = np.stack([np.asarray(image) for image in images])
-        digest = hashlib.sha256(features.key.encode() + self.pixels.tobytes()).hexdigest()[:16]
-        self.features = cached_array(f"features-{digest}", lambda: image_features(self.pixels, features, device))
+        self.network, self.device = features, device
+        self.features = self._embedded(self.pixels)
+
+    def _embedded(self, pixels: np.ndarray) -> np.ndarray:
+        digest = hashlib.sha256(self.network.key.encode() + pixels.tobytes()).hexdigest()[:16]
+        return cached_array(f"features-{digest}", lambda: image_features(pixels, self.network, self.device))
+
+    def either_way(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels [2N, H, W, 3] and features [2N, D] of the images and of their mirror images, which training sees."""
+        mirrored = np.ascontiguousarray(self.pixels[:, :, ::-1])
+        return np.concatenate([self.pixels, mirrored]), np.concatenate([self.features, self._embedded(mirrored)])
+
+
+def flattened(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W, 3] as vectors of values in [0, 1], [N, D]."""
+    return pixels.reshape(len(pixels), -1).astype(np.float32) / 255
+
+
+def check_counts(args) -> None:
+    """UserError for numbers of samples and seeds that give no distances or no intervals."""
+    if args.samples < 16:
+        raise UserError(f"--samples must be at least 16, got {args.samples}")
+    if args.seeds < 2:
+        raise UserError(f"--seeds must be at least 2, got {args.seeds}: one seed has no interval")
 
 
 def scores(model: Model, nfe: int, seeds: int, real: np.ndarray) -> dict:
@@ -91,8 +115,9 @@ def scores(model: Model, nfe: int, seeds: int, real: np.ndarray) -> dict:
 
 def report(args) -> None:
     """Carry out `python -m src.evaluation report`, whose flags `args` holds."""
-    if args.samples < 16 or args.seeds < 1:
-        raise UserError("--samples must be at least 16 and --seeds at least 1")
+    check_counts(args)
+    if any(nfe < 1 for nfe in args.sweep):
+        raise UserError(f"--sweep holds numbers of network calls, at least 1, got {args.sweep}")
     device = pick_device(args.device)
     features = load_features(args.features or official_inception(), device)
     model = Model(args.checkpoint, features, device, args.samples)
@@ -107,6 +132,8 @@ def report(args) -> None:
         "distance": features.distance,
         "features": features.key,
         "size": size,
+        "picture seed": args.seed,
+        "provenance": read_checkpoint(args.checkpoint).get("provenance", {}),
         "samples": args.samples,
         "sampling seeds": args.seeds,
         "training images": len(train.pixels),
@@ -119,19 +146,23 @@ def report(args) -> None:
         "nfe": {},
         "sweep": {},
     }
+    seen_pixels, seen = train.either_way()
     for nfe in tqdm(NFES, desc="scores"):
         found = scores(model, nfe, args.seeds, val.features)
         first = model.pixels(nfe, 0), model.embedded(nfe, 0)
-        memory = copies(first[1], train.features, val.features)
         found["failures"] = failure_rates(*first, val.pixels, val.features)
-        found["memory"] = {name: value for name, value in memory.items() if isinstance(value, float)}
+        found["memory"] = {
+            "features": copies(first[1], seen, val.features),
+            "pixels": copies(flattened(first[0]), flattened(seen_pixels), flattened(val.pixels)),
+        }
         found["ratio"] = found["intervals"]["frechet"][0] / floor
         content["nfe"][str(nfe)] = found
     for nfe in tqdm(args.sweep, desc="sweep"):
         content["sweep"][str(nfe)] = frechet_distance(model.embedded(nfe, 0), val.features)
     out = Path(args.out)
+    pictures = figures(model, seen_pixels, seen, val, args.seed)
     write_json(out / "report.json", content)
-    write_page(out / "report.html", content, figures(model, train, val, args.seed))
+    write_page(out / "report.html", content, pictures)
     print(f"{out / 'report.html'} and {out / 'report.json'}")
     for nfe, found in content["nfe"].items():
         mean, half = found["intervals"]["frechet"]
@@ -140,8 +171,12 @@ def report(args) -> None:
         )
 
 
-def figures(model: Model, train: Data, val: Data, seed: int) -> Figures:
-    """The pictures of the page, all chosen by seed or by a measure, none by eye."""
+def figures(model: Model, seen_pixels: np.ndarray, seen: np.ndarray, val: Data, seed: int) -> Figures:
+    """The pictures of the page, all chosen by seed or by a measure, none by eye.
+
+    Args:
+        seen_pixels, seen: training images and their mirror images, and their features.
+    """
     net, size = model.net, model.net.image_size
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(32, 3, size, size, generator=generator)
@@ -153,21 +188,20 @@ def figures(model: Model, train: Data, val: Data, seed: int) -> Figures:
 
     nfe = NFES[-1]
     pixels, embedded = model.pixels(nfe, 0), model.embedded(nfe, 0)
-    index, distance = nearest(embedded, train.features)
+    index, distance = nearest(embedded, seen)
     closest = np.argsort(distance)[:8]
-    flat, flat_train = (x.reshape(len(x), -1).astype(np.float32) / 255 for x in (pixels, train.pixels))
-    by_pixel, pixel_distance = nearest(flat, flat_train)
+    by_pixel, pixel_distance = nearest(flattened(pixels), flattened(seen_pixels))
     closest_by_pixel = np.argsort(pixel_distance)[:8]
-    away = nearest(embedded, np.concatenate([train.features, val.features]))[1]
+    away = nearest(embedded, np.concatenate([seen, val.features]))[1]
     return Figures(
         samples=samples,
         trajectory=[list(row) for row in zip(*(_images(state) for state in states), strict=True)],
         interpolated=interpolated,
-        closest=[list(pixels[closest]), list(train.pixels[index[closest]])],
-        closest_by_pixel=[list(pixels[closest_by_pixel]), list(train.pixels[by_pixel[closest_by_pixel]])],
+        closest=[list(pixels[closest]), list(seen_pixels[index[closest]])],
+        closest_by_pixel=[list(pixels[closest_by_pixel]), list(seen_pixels[by_pixel[closest_by_pixel]])],
         farthest=[list(pixels[np.argsort(-away)[:8]])],
         distances=distance,
-        unseen_distances=nearest(val.features, train.features)[1],
+        unseen_distances=nearest(val.features, seen)[1],
     )
 
 

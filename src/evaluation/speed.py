@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from custom_model import create_custom_model
 from src.evaluation.scoring import NFES
-from src.utils import load_model, pick_device
+from src.utils import UserError, load_model, pick_device
 
 
 def seconds(work, device: torch.device, repeats: int) -> float:
@@ -26,6 +26,8 @@ def seconds(work, device: torch.device, repeats: int) -> float:
 
 def speed(args: argparse.Namespace) -> None:
     """Print, as JSON, the cost of samples at each NFE."""
+    if args.repeats < 1 or min(args.batches) < 1:
+        raise UserError("--repeats and --batches must be at least 1")
     device = pick_device(args.device)
     model = load_model(args.checkpoint, create_custom_model, device)
     size = model.image_size

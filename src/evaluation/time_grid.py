@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from custom_model import create_custom_model
 from src.objectives import make_objective
-from src.utils import UserError, load_model, write_json
+from src.utils import UserError, load_model, objective_of, read_checkpoint, save_model
 
 REFERENCE_STEPS = 64  # Euler steps to the ends that few steps should reach as well
 
@@ -29,8 +30,10 @@ def search_grid(model, nfe: int, count: int = 64, seed: int = 0) -> tuple[list[f
     Returns: the grid, and mean squared errors on the other half: "uniform", "found".
     Raises: UserError if there are no times to search.
     """
-    if nfe < 2:
-        raise UserError(f"NFE {nfe} has no times to choose: search from NFE 2 on")
+    if nfe < 2 or count < 4:
+        raise UserError(f"times are searched from NFE 2 on, with 4 noise samples or more, got NFE {nfe} and {count}")
+    if not model.objective.keeps_velocity:
+        raise UserError(f"{type(model.objective).__name__} leaves no velocity to follow: search the model before it")
     model, path = copy.deepcopy(model), copy.deepcopy(model)
     path.objective = make_objective("rectified_flow", path.scheduler)  # its samples follow the velocity
     half = count // 2
@@ -42,6 +45,8 @@ def search_grid(model, nfe: int, count: int = 64, seed: int = 0) -> tuple[list[f
     wanted = {first: samples(path, REFERENCE_STEPS, first) for first in (0, half)}
 
     def error(grid: list[float], first: int) -> float:
+        if sorted(set(grid), reverse=True) != grid:  # two times that are the same after rounding
+            return math.inf
         model.scheduler.time_grids[nfe] = grid
         return (samples(model, nfe, first) - wanted[first]).square().mean().item()
 
@@ -62,9 +67,13 @@ def search_grid(model, nfe: int, count: int = 64, seed: int = 0) -> tuple[list[f
     return found, {"uniform": error(grid_of(start), half), "found": error(found, half)}
 
 
-def choose_grids(checkpoint: Path, nfes: list[int], count: int, seed: int, device: torch.device) -> None:
-    """Search a checkpoint's grids, and write those that hold into the config beside it, which `sample` goes by."""
-    config_path = checkpoint.with_name("model_config.json")
+def choose_grids(checkpoint: Path, out: Path, nfes: list[int], count: int, seed: int, device: torch.device) -> None:
+    """Search a checkpoint's grids; write its weights to `out`, with a config of the grids that hold on other noise.
+
+    In a folder of their own, because a grid belongs to the weights it was searched for.
+    """
+    if min(nfes) < 2:
+        raise UserError(f"NFE {min(nfes)} has no times to choose: search from NFE 2 on")
     model = load_model(checkpoint, create_custom_model, device)
     model.scheduler.time_grids.clear()
     chosen = {}
@@ -75,6 +84,8 @@ def choose_grids(checkpoint: Path, nfes: list[int], count: int, seed: int, devic
             chosen[str(nfe)] = grid
         print(f"NFE {nfe}: {grid}, error {errors['found']:.5f}, uniform {errors['uniform']:.5f}"
               f"{'' if better else ': no gain on other noise, left uniform'}")  # fmt: skip
-    config = json.loads(config_path.read_text())
-    write_json(config_path, {**config, "time_grids": {**(config.get("time_grids") or {}), **chosen}})
-    print(f"written to {config_path}")
+    saved = read_checkpoint(checkpoint)
+    config = json.loads(checkpoint.with_name("model_config.json").read_text()) | objective_of(saved)
+    config["time_grids"] = {**(config.get("time_grids") or {}), **chosen}
+    save_model(model, out / checkpoint.name, config, provenance=saved.get("provenance", {}))
+    print(f"written to {out}")

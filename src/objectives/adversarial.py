@@ -31,9 +31,9 @@ class Adversarial(Objective):
         augmented: whether the critic sees augmented states.
     """
 
-    rate: float = 0.1
+    rate: float = 0.25
     critic: str = "encoder"
-    critic_rate: float = 0.5
+    critic_rate: float = 1.25
     critic_steps: int = 1
     gamma: float = 1.0
     anchor: float = 1.0
@@ -42,15 +42,15 @@ class Adversarial(Objective):
 
     STEP = 0.01
     needs_teacher = True
+    keeps_velocity = False
     follows_progress = True
     beta1 = 0.0
     citations = ("2501.05441", "2511.22475", "2006.10738")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.critic not in ("encoder", "conv"):
             raise UserError(f"unknown critic {self.critic!r}: choose encoder or conv")
-        if min(self.anchor, self.anchor_end) <= 0:
-            raise UserError("adversarial/anchor and anchor_end must be positive: 1e-9 is none")
 
     def make_critic(self, model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
         return EncoderCritic(model) if self.critic == "encoder" else ConvCritic(shape)

@@ -22,11 +22,13 @@ optimizer `critic_steps` times before each step of the student.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch.nn as nn
 from torch import Tensor
+
+from src.utils import UserError
 
 
 class Nets(NamedTuple):
@@ -49,13 +51,29 @@ class Objective:
     scheduler: nn.Module
     rate: float = 1.0
 
+    # What options of these names must be, in every objective that has them.
+    SHARES = ("flow", "keep", "grid", "real", "hold")
+    COUNTS = ("levels", "pairs", "solver_steps", "critic_steps")
+    POSITIVE = ("rate", "critic_rate", "alpha", "q", "clip", "anchor", "anchor_end")
+
     needs_condition = True  # does the network embed d?
     needs_teacher = False
+    keeps_velocity = True  # is u(x_t, t, 0) still the velocity when it has trained?
     follows_progress = False  # does the loss change over the stage?
     pairs = 0  # (noise, image) pairs that the teacher generates before the stage begins
     critic_steps = 0
     beta1 = None  # of Adam, for student and critic, where the run's will not do
     citations = ()  # arXiv identifiers
+
+    def __post_init__(self):
+        for names, fits, wish in (
+            (self.SHARES, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
+            (self.COUNTS, lambda value: value >= 1, "be at least 1"),
+            (self.POSITIVE, lambda value: value > 0, "be positive"),
+        ):
+            for field in fields(self):
+                if field.name in names and not fits(getattr(self, field.name)):
+                    raise UserError(f"the option {field.name} must {wish}, got {getattr(self, field.name)}")
 
     @classmethod
     def unfold(cls, options: dict) -> list[dict]:

@@ -34,6 +34,7 @@ class DistributionMatching(Objective):
     hold: float = 0.25
 
     needs_teacher = True
+    keeps_velocity = False
     beta1 = 0.0
     citations = ("2405.14867", "2311.18828")
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from src.objectives.contract import Nets
 from src.objectives.shortcut import Shortcut
+from src.utils import UserError
 
 
 @dataclass(eq=False)
@@ -30,9 +31,14 @@ class Progressive(Shortcut):
     needs_teacher = True
     citations = ("2202.00512",)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps and (self.steps < 0 or self.levels // 2 % self.steps):
+            raise UserError(f"the option steps must divide levels/2 = {self.levels // 2}, got {self.steps}")
+
     @classmethod
     def unfold(cls, options: dict) -> list[dict]:
-        if "steps" in options:
+        if options.get("steps"):
             return [options]
         most = options.get("levels", cls.levels) // 2
         return [{**options, "steps": most >> i} for i in range(most.bit_length())]

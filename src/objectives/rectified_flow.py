@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from src.objectives.contract import Nets, Objective, squared_error
+from src.utils import UserError
 
 
 @dataclass(eq=False)
@@ -50,7 +51,12 @@ class Reflow(RectifiedFlow):
 
     needs_teacher = True
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.solver not in ("heun", "euler"):
+            raise UserError(f"unknown solver {self.solver!r}: choose heun or euler")
+
     def draw(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         real = torch.rand(shape[0]) < self.real
-        pair = torch.randint(max(1, self.pairs), (shape[0],))
+        pair = torch.randint(max(1, self.pairs), (shape[0],))  # an estimate has none
         return {**super().draw(shape), "pair": torch.where(real, -1, pair)}

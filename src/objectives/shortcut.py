@@ -7,6 +7,7 @@ from torch import Tensor
 
 from src.objectives.contract import Nets
 from src.objectives.regression import JumpRegression, dyadic
+from src.utils import UserError
 
 
 @dataclass(eq=False)
@@ -24,6 +25,11 @@ class Shortcut(JumpRegression):
     flow: float = 7 / 8
 
     citations = ("2410.12557",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.levels < 2 or self.levels & (self.levels - 1):
+            raise UserError(f"the option levels must be a power of two, from 2 on, got {self.levels}")
 
     def jumps(self, batch_size: int) -> tuple[Tensor, Tensor]:
         return dyadic(batch_size, self.levels // 2)

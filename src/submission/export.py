@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from src.utils import UserError, read_checkpoint, write_json, writing_checkpoint
+from src.utils import UserError, objective_of, read_checkpoint, write_json, writing_checkpoint
 
 TARGET = Path("checkpoints/best_model.pt")
 CHOICES = ("best_model.pt", "final_model.pt", "last.ckpt")  # the first that a run has
@@ -38,5 +38,5 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
     state = {name: value.to(DTYPES[dtype]) for name, value in saved["state_dict"].items()}
     with writing_checkpoint(target) as temporary:
         torch.save({"state_dict": state, "provenance": saved.get("provenance", {})}, temporary)
-    write_json(target.with_name("model_config.json"), config)
+    write_json(target.with_name("model_config.json"), {**config, **objective_of(saved)})
     return source

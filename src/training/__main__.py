@@ -1,7 +1,6 @@
 """python -m src.training ema RUN: rebuild an average of another length from the ones a run kept."""
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -10,8 +9,8 @@ from src.training.ema import rebuilding_weights
 from src.utils import UserError, one_line_errors, read_checkpoint, writing_checkpoint
 
 
-def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict[str, torch.Tensor]]:
-    """The average of relative width `sigma_rel` at `step` (None: the last kept), as float32 weights.
+def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict, dict[str, torch.Tensor]]:
+    """The average of relative width `sigma_rel` at `step` (None: the last kept): step, config, float32 weights.
 
     The width is relative to the steps of the stage that the step belongs to.
 
@@ -40,10 +39,14 @@ def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict[st
             f"{100 * error:.0f} %): save more often, or ask for a width between 0.05 and 0.1"
         )
     names = kept[0][2]
-    return step, {
-        name: sum(float(w) * average[name].float() for w, (_, _, average) in zip(weights, kept, strict=True))
-        for name in names
-    }
+    return (
+        step,
+        last["model_config"],
+        {
+            name: sum(float(w) * average[name].float() for w, (_, _, average) in zip(weights, kept, strict=True))
+            for name in names
+        },
+    )
 
 
 def main() -> None:
@@ -55,9 +58,8 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="one that the run saved at; left out, the last")
     args = root.parse_args()
 
-    step, state = rebuild(args.run_dir, args.sigma_rel, args.step)
+    step, config, state = rebuild(args.run_dir, args.sigma_rel, args.step)
     target = args.run_dir / f"ema_{step}_{args.sigma_rel:g}.pt"
-    config = json.loads((args.run_dir / "model_config.json").read_text())
     with writing_checkpoint(target) as temporary:
         torch.save({"state_dict": state, "model_config": config, "sigma_rel": args.sigma_rel, "step": step}, temporary)
     print(f"{target}: python sampling.py --ckpt_path {target}")

@@ -77,12 +77,12 @@ def best_score(save_dir: Path, scorer: str) -> float:
     return facts["ratio"] if facts.get("scorer") == scorer else math.inf
 
 
-def save_averages(save_dir: Path, step: int, averages: dict[str, dict[str, Tensor]], stage: int, age: int) -> None:
+def save_averages(save_dir: Path, step: int, averages: dict[str, dict[str, Tensor]], **origin) -> None:
     """Keep the power-function averages of this step in half precision, for `python -m src.training ema`.
 
     Args:
-        stage, age: the stage's index, and how many of its steps the averages are of.
+        origin: the `stage`'s index, its `age`, how many of its steps the averages are of, and the `model_config`.
     """
     halves = {width: {name: value.half() for name, value in average.items()} for width, average in averages.items()}
     with writing_checkpoint(save_dir / f"averages/{step}.pt") as temporary:
-        torch.save({"stage": stage, "age": age, "averages": halves}, temporary)
+        torch.save({**origin, "averages": halves}, temporary)

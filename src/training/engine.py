@@ -245,6 +245,8 @@ class Training:
             torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.allow_tf32 = False  # what is not in bfloat16 needs its digits: slopes, differences
         self.compiling = on_gpu and can_compile(model.device)
+        # One network's code runs as student, average, teacher and critic, with and without gradient.
+        torch._dynamo.config.cache_size_limit = 64
         self.ema, self.power_ema = EMA(model, recipe.ema_decay), PowerEMA(model)
         self._compile(model.network, self.ema.model.network)
         self.started_from = model.objective
@@ -300,7 +302,8 @@ class Training:
             self._begin(self.index + 1)
         recipe, objective, critic = self.recipe, self.stage.objective, self.nets.critic
         if objective.pairs and self.pairs is None:
-            self.pairs = load_pairs(self.nets.teacher, self.images.shape[1:], objective, recipe.seed, self.world)
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+                self.pairs = load_pairs(self.nets.teacher, self.images.shape[1:], objective, recipe.seed, self.world)
 
         lr = recipe.learning_rate(self.steps - self.first_step)
         logs = {}
@@ -386,7 +389,7 @@ def train(
     world: World = World(),  # noqa: B008
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     teacher_hash: str | None = None,
-) -> None:
+) -> int:
     """Train `model` on uint8 `images` [N, 3, H, W]; go on from `save_dir`/last.ckpt if it is there.
 
     Writes checkpoints (the EMA's weights), `model_config.json` (what rebuilds the model), `training_config.json`
@@ -399,6 +402,7 @@ def train(
         evaluate: scores a model every `eval_interval` steps: numbers to log, among them "ratio", the lower the
             better; the best so far is kept as `best_model.pt`.
         teacher_hash: of the weights that `model` has from another run, if it has.
+    Returns: the steps that are done; fewer than planned if `max_minutes` ended the session.
     Raises: UserError if the loss is no longer finite, the run is stopped by a signal (after saving), or the
         checkpoints in `save_dir` are damaged or another run's (which is left as it is).
     """
@@ -443,9 +447,9 @@ def train(
             save_model(average, save_dir / name, config(), provenance={**origin, "step": training.steps, **scores})
 
     def save() -> None:
-        save_averages(
-            save_dir, training.steps, training.power_ema.averages, training.index, training.steps - training.first_step
-        )
+        age = training.steps - training.first_step
+        averages = training.power_ema.averages
+        save_averages(save_dir, training.steps, averages, stage=training.index, age=age, model_config=config())
         state = {**training.state(), "identity": identity}
         save_last(save_dir, average, config(), training=state, provenance={**origin, "step": training.steps})
         plot_curves(metrics.rows, save_dir / "training_curves.png")
@@ -505,6 +509,7 @@ def train(
                 interval_began = time.monotonic()
     if not finished:
         raise UserError(f"stopped at iteration {step} and saved: the same command with --save_dir {save_dir} goes on")
+    return step
 
 
 @contextmanager
