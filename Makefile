@@ -13,11 +13,12 @@ FACES := --data_root data/faces --split_dir data/faces
 FEATURES := $(addprefix --features ,$(wildcard ../shared/fid/inception-2015-12-05-mixed7.pt))
 
 .PHONY: test demo
+# One thread a worker: small networks gain little from two, and two workers on two cores nearly halve the time.
 test: .venv/ready
 	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && timeout 300 apt-get install -y chromium >/dev/null 2>&1; } \
 		|| echo "no browser here, and none can be installed: the test of the report's page is skipped"
 	$(PY) -m ruff check .
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto
 
 .venv/ready: requirements.txt requirements-dev.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10-3.13 with the venv module found: install one" \

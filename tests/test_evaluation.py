@@ -1,6 +1,7 @@
 """Distances and features."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,8 @@ import cleanfid.fid
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from pytorch_fid import fid_score, inception
 from toy import GaussianField
 
 from custom_model import CustomGenerativeModel, CustomScheduler, create_custom_model
@@ -141,6 +144,18 @@ def test_missing_networks_and_images_get_one_line(folders, tmp_path, monkeypatch
     (tmp_path / "junk.pt").write_bytes(b"junk")
     with pytest.raises(UserError, match="not a TorchScript"):
         room.load_features(tmp_path / "junk.pt", device)
+    broken = folders / "broken"
+    for kind, message in (
+        (lambda path: Image.new("L", (64, 64)).save(path), "9.png is L, 64 x 64: all images must be RGB"),
+        (lambda path: Image.new("RGB", (32, 64)).save(path), "9.png is RGB, 32 x 64: .* like the first, 64 x 64"),
+        (lambda path: path.write_bytes((folders / "val/0001.png").read_bytes()[:900]), "9.png cannot be read"),
+        (lambda path: path.write_text("no image"), "9.png cannot be read"),
+    ):
+        shutil.copytree(folders / "val", broken)
+        kind(broken / "9.png")
+        with pytest.raises(UserError, match=message):
+            room.image_files(broken)
+        shutil.rmtree(broken)
     (folders / "empty").mkdir()
     with pytest.raises(UserError, match="0 images"):
         room.image_files(folders / "empty")
@@ -167,6 +182,21 @@ def test_scores_in_memory_are_those_of_the_written_folders(folders, faces, tiny_
     mean = sum(scores[f"FD[tiny] NFE {nfe}"] for nfe in (1, 2, 4)) / 3
     assert scores["ratio"] == pytest.approx(mean / scores["floor"])
     assert scorer(model) == scores  # always from the same noise
+
+
+def test_pytorch_fid_is_matched_on_its_own_features(shared, monkeypatch):
+    """Unmodified pytorch-fid 0.3.0 with --dims 768, on 60 + 60 real faces."""
+    monkeypatch.setenv("TORCH_HOME", str(shared / "fid/torch_home"))
+    model = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[768]]).eval()
+    files = sorted(map(str, (shared / "data/val_64px").glob("*.png")))
+    halves = [fid_score.get_activations(files[i : i + 60], model, 20, 768, "cpu", 0) for i in (0, 60)]
+    statistics = [value for half in halves for value in (half.mean(0), np.cov(half, rowvar=False))]
+    theirs = fid_score.calculate_frechet_distance(*statistics)
+    assert frechet_distance(*halves) == pytest.approx(theirs, rel=1e-3)
+    assert theirs == pytest.approx(GOLDEN_PYTORCH_FID_768, rel=1e-3)
+
+
+GOLDEN_PYTORCH_FID_768 = 0.447699  # torch 2.6.0, float32 on a CPU
 
 
 def test_fd_mid_of_real_faces(shared, tmp_path):

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from cleanfid.utils import EXTENSIONS
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -23,8 +24,9 @@ def write_reference(dataset: Dataset, folder: str | os.PathLike) -> None:
 def image_files(folder: str | os.PathLike) -> list[Path]:
     """The images of a folder that clean-fid would count, sorted.
 
-    Raises: UserError if the folder is missing, holds fewer than two images (a distance needs two), or has images
-    further down: clean-fid searches recursively, so leftovers there would silently count.
+    Raises: UserError if the folder is missing, holds fewer than two images (a distance needs two), has images further
+    down (clean-fid searches recursively, so leftovers there would silently count), or one that cannot be read, is not
+    RGB, or has another size than the rest (all of which clean-fid would convert and count, or fail on with a trace).
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -35,4 +37,17 @@ def image_files(folder: str | os.PathLike) -> list[Path]:
         raise UserError(f"{nested[0]} lies below {folder} and would be counted too: name the folder that holds it")
     if len(files) < 2:
         raise UserError(f"{folder} holds {len(files)} images: a distance needs at least two")
+    first = None
+    for path in files:
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except (OSError, SyntaxError) as error:  # what Pillow raises for broken files
+            raise UserError(f"{path} cannot be read ({error}): write it again") from error
+        first = first or image.size
+        if image.mode != "RGB" or image.size != first:
+            raise UserError(
+                f"{path} is {image.mode}, {image.width} x {image.height}: all images must be RGB and, like the first, "
+                f"{first[0]} x {first[1]}"
+            )
     return files
