@@ -245,8 +245,8 @@ class Training:
             torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.allow_tf32 = False  # what is not in bfloat16 needs its digits: slopes, differences
         self.compiling = on_gpu and can_compile(model.device)
-        # One network's code runs as student, average, teacher and critic, with and without gradient.
-        torch._dynamo.config.cache_size_limit = 64
+        if self.compiling:  # one network's code runs as student, average, teacher, critic, with and without gradient
+            torch._dynamo.config.cache_size_limit = 64
         self.ema, self.power_ema = EMA(model, recipe.ema_decay), PowerEMA(model)
         self._compile(model.network, self.ema.model.network)
         self.started_from = model.objective
