@@ -99,4 +99,6 @@ def parse_stages(text: str) -> list[tuple[str, float]]:
 
 
 def _text(value) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        str(value).lower() if isinstance(value, bool) else f"{value:.12g}" if isinstance(value, float) else str(value)
+    )
