@@ -72,8 +72,9 @@ def steps_for(model, shares: list[tuple[str, float]], budget: float, batch_size:
 
 def scores_of(model, scorers: list[Scorer]) -> dict[str, list[float]]:
     """The distance at each NFE for each scorer's sampling seed."""
-    found = [list(scorer(model).values())[: len(NFES)] for scorer in scorers]
-    return {str(nfe): [one[i] for one in found] for i, nfe in enumerate(NFES)}
+    found = [scorer(model) for scorer in scorers]
+    distance = scorers[0].features.distance
+    return {str(nfe): [one[f"{distance} NFE {nfe}"] for one in found] for nfe in NFES}
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:

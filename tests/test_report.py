@@ -146,8 +146,10 @@ def test_report_is_whole_reproducible_and_reads_without_a_network(runs, faces, t
         assert found["ratio"] == pytest.approx(mean / content["floor"]["frechet"])
         assert found["samples"]["counts"] == [32, 16, 8]
     assert content["sweep"]["1"] == content["nfe"]["1"]["seeds"][0]["frechet"]
+    cached = len(list((runs / "data/cache").glob("samples-*")))
+    assert cached == 2 * 3 + 1  # two seeds at three NFEs, and the sweep's third
     result = evaluation(runs, script_env, *command, "--out", "again")  # from the cache
-    assert "NFE 1, seed" not in result.stderr
+    assert len(list((runs / "data/cache").glob("samples-*"))) == cached
     assert json.loads((runs / "again/report.json").read_text()) == content
 
     page = (runs / "out/report.html").read_text()

@@ -13,7 +13,7 @@ from src.evaluation.failures import copies, failure_rates, nearest
 from src.evaluation.features import Features, load_features, official_inception
 from src.evaluation.intervals import at_infinity, mean_interval
 from src.evaluation.page import Figures, write_page
-from src.evaluation.scoring import NFES, image_features
+from src.evaluation.scoring import NFES, draw_images, image_features
 from src.images import read_rgb, split_paths, to_pixels
 from src.utils import UserError, cached_array, load_model, pick_device, read_checkpoint, tensor_to_pil_image, write_json
 
@@ -31,22 +31,16 @@ class Model:
         self.net = load_model(checkpoint, create_custom_model, device)
         self.features, self.device, self.count = features, device, count
         digest = hashlib.sha256(Path(checkpoint).with_name("model_config.json").read_bytes())
+        digest.update(repr(self.net.objective).encode())  # the checkpoint's own, which says what jumps are asked for
         for value in self.net.state_dict().values():
             digest.update(value.cpu().contiguous().numpy().tobytes())
         self.key = digest.hexdigest()[:16]
 
     def pixels(self, nfe: int, seed: int) -> np.ndarray:
         """uint8 [count, H, W, 3]."""
-        size = self.net.image_size
 
         def draw() -> np.ndarray:
-            found = []
-            ids = range(seed * 1_000_000, seed * 1_000_000 + self.count)
-            for start in tqdm(range(0, self.count, 50), desc=f"NFE {nfe}, seed {seed}", leave=False):
-                noise = [torch.Generator().manual_seed(i) for i in ids[start : start + 50]]
-                images = self.net.sample((len(noise), 3, size, size), nfe, generator=noise)
-                found += [np.asarray(image) for image in tensor_to_pil_image(images)]
-            return np.stack(found)
+            return np.stack([np.asarray(image) for image in draw_images(self.net, nfe, seed * 1_000_000, self.count)])
 
         return cached_array(f"samples-{self.key}-{nfe}-{seed}-{self.count}", draw)
 

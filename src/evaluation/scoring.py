@@ -28,6 +28,16 @@ def image_features(images: Sequence[Image.Image], features: Features, device: to
     return np.concatenate(found)
 
 
+def draw_images(model, nfe: int, first_seed: int, count: int) -> list[Image.Image]:
+    """Samples from the noise of seeds first_seed, first_seed + 1, ..., so that they do not depend on the batches."""
+    images = []
+    for start in range(first_seed, first_seed + count, 64):
+        noise = [torch.Generator().manual_seed(i) for i in range(start, min(start + 64, first_seed + count))]
+        shape = (len(noise), 3, model.image_size, model.image_size)
+        images += tensor_to_pil_image(model.sample(shape, nfe, generator=noise))
+    return images
+
+
 class Scorer:
     """Fréchet distances of a model's samples at NFE 1, 2 and 4 to the validation images, and to the floor.
 
@@ -60,13 +70,7 @@ class Scorer:
         """The distance at each NFE, and "ratio": their mean as a multiple of the floor."""
         distances = {}
         for nfe in NFES:
-            images = []
-            for start in range(0, self.count, 64):
-                ids = range(start, min(start + 64, self.count))
-                noise = [torch.Generator().manual_seed(self.seed + i) for i in ids]
-                shape = (len(ids), 3, model.image_size, model.image_size)
-                images += tensor_to_pil_image(model.sample(shape, nfe, generator=noise))
-            found = image_features(images, self.features, self.device)
+            found = image_features(draw_images(model, nfe, self.seed, self.count), self.features, self.device)
             distances[nfe] = frechet_distance(found, self.reference)
         named = {f"{self.features.distance} NFE {nfe}": distance for nfe, distance in distances.items()}
         return {**named, "floor": self.floor, "ratio": sum(distances.values()) / len(NFES) / self.floor}

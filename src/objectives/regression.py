@@ -1,5 +1,6 @@
 """What the objectives share that regress jumps: some samples learn the velocity at d = 0, the others a target."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from src.utils import expand_t
 
 
 @dataclass(eq=False)
-class JumpRegression(Objective):
+class JumpRegression(Objective, ABC):
     """||u(x_t, t, d) - target||^2, with the velocity as the target of a share of the batch.
 
     A method says which jumps it learns (`jumps`), from what (`target`), and how it weighs them (`weigh`).
@@ -23,13 +24,13 @@ class JumpRegression(Objective):
     flow: float = 0.5
     clip: float = 4.0
 
+    @abstractmethod
     def jumps(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """Times t and lengths d in (0, t] of random jumps, [batch_size] each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def target(self, nets: Nets, x_t: Tensor, t: Tensor, d: Tensor, v: Tensor, progress: float) -> Tensor:
         """What u(x_t, t, d) should be; v = eps - x of the same samples. Without gradient, teachers in eval mode."""
-        raise NotImplementedError
 
     def weigh(self, error: Tensor, t: Tensor, d: Tensor, progress: float) -> Tensor:
         """The per-sample loss [B] of the squared errors [B]."""
