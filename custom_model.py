@@ -23,7 +23,8 @@ UNETS = {
     "small": dict(ch=32, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=1, dropout=0.1),
 }
 IMAGE_SIZES = (64, 32)
-TIME_SAMPLINGS = ("uniform", "u_shaped", "logit_normal")
+# Densities of the training times, and the keys of references.bib for those of others.
+TIME_SAMPLINGS = {"uniform": (), "u_shaped": ("lee2024improving",), "logit_normal": ("esser2024scaling",)}
 
 
 class CustomScheduler(BaseScheduler):
@@ -48,6 +49,11 @@ class CustomScheduler(BaseScheduler):
             falling = all(a > b for a, b in zip(grid, grid[1:], strict=False))
             if len(grid) != nfe + 1 or grid[0] != 1 or grid[-1] != 0 or not falling:
                 raise UserError(f"time grid for NFE {nfe} must fall from 1 to 0 in {nfe} jumps, got {grid}")
+
+    @property
+    def citations(self) -> tuple[str, ...]:
+        """Keys of references.bib: the path, and the density of the times."""
+        return ("liu2023flow", *TIME_SAMPLINGS[self.time_sampling], *(("tong2025learning",) if self.time_grids else ()))
 
     def sample_timesteps(self, batch_size: int, device: torch.device) -> Tensor:
         """Draw training times in [0, 1], [batch_size], by `time_sampling`."""

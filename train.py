@@ -12,13 +12,13 @@ from custom_model import IMAGE_SIZES, TIME_SAMPLINGS, UNETS, create_custom_model
 from src.evaluation.scoring import Scorer
 from src.images import DATA_ROOT
 from src.objectives import OBJECTIVES, make_objective, parse_objective, parse_stages
-from src.submission.export import TARGET, export
 from src.training.data import load_images
 from src.training.distributed import World, joined
-from src.training.engine import Recipe, plan, train
+from src.training.engine import Recipe, Teacher, plan, train
 from src.training.estimate import estimate
+from src.training.export import TARGET, export
 from src.training.record import environment
-from src.utils import UserError, get_current_time, load_model, one_line_errors, seed_everything
+from src.utils import UserError, get_current_time, load_model, one_line_errors, read_checkpoint, seed_everything
 
 # Recipes for those who do not want to improvise; every value can be overridden by its flag. The rates are low because
 # this network does not leave the mean image at 4e-4; the chain is what won on the small network (benchmarks/LOG.md). An
@@ -117,8 +117,8 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def start_from(path: str, model) -> str:
-    """Give `model` the weights of a checkpoint and the objective they were trained with; the weights' hash.
+def start_from(path: str, model) -> Teacher:
+    """Give `model` the weights of a checkpoint and the objective they were trained with.
 
     Raises: UserError if the checkpoint's network is another one.
     """
@@ -141,7 +141,7 @@ def start_from(path: str, model) -> str:
     digest = hashlib.sha256()
     for value in teacher.state_dict().values():
         digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return Teacher(digest.hexdigest()[:16], read_checkpoint(path).get("provenance", {}).get("stages", []))
 
 
 def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
         images, data_hash = load_images(args.data_root, args.split_dir, args.image_size)
     seed_everything(args.seed)
     model = create_custom_model(device, objective=shares[0][0], **settings)
-    teacher_hash = start_from(args.teacher, model) if args.teacher else None
+    taught_by = start_from(args.teacher, model) if args.teacher else None
     stages = plan(shares, lambda name: make_objective(name, model.scheduler), recipe.num_iterations)
     model_config = {
         "model_type": type(model).__name__,
@@ -199,7 +199,7 @@ def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
             args.data_root, args.split_dir, args.image_size, args.eval_samples, args.features, device, args.seed
         )
     done = train(
-        model, model_config, images, data_hash, recipe, stages, save_dir, arguments, world, evaluate, teacher_hash
+        model, model_config, images, data_hash, recipe, stages, save_dir, arguments, world, evaluate, taught_by
     )
     if world.rank > 0:
         return

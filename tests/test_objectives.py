@@ -2,21 +2,27 @@
 
 import copy
 import json
+import re
 from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from toy import distances, one_stage, train_on_mixture
 
-from custom_model import create_custom_model
+from custom_model import TIME_SAMPLINGS, create_custom_model
+from src.evaluation.report import CITATIONS as SCORES
 from src.objectives import OBJECTIVES, make_objective, options_of, parse_objective, parse_stages
 from src.objectives.contract import Nets
 from src.objectives.critics import augment
 from src.objectives.rollout import roll_out
 from src.training.data import load_images
+from src.training.engine import CITATIONS as TRAINING
 from src.training.engine import Loss, Recipe, Training, accumulate_gradient, plan, train
 from src.utils import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Each objective as it is tested alone, and on the mixture after a rectified flow that it may learn from.
 VARIANTS = {
@@ -373,3 +379,10 @@ def test_every_objective_says_what_its_options_mean_and_whom_it_cites():
         for option in options_of(kind):
             assert option in told, (name, option)
         assert kind.citations, name
+    known = set(re.findall(r"@\w+\{([^,\s]+),", (ROOT / "references.bib").read_text()))
+    named = {key for kind in OBJECTIVES.values() for key in kind.citations}
+    named |= {key for keys in TIME_SAMPLINGS.values() for key in keys} | set(TRAINING) | set(SCORES)
+    assert named <= known, named - known
+    described = (ROOT / "writeup/methods.typ").read_text()
+    for name in OBJECTIVES:
+        assert f"\n  {name}: [" in described, name

@@ -11,7 +11,7 @@ import torch
 
 from custom_model import create_custom_model
 from src.submission import base_code
-from src.submission.export import export
+from src.training.export import export
 from src.utils import UserError, load_model, save_model, write_json
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from custom_model import create_custom_model
@@ -15,8 +16,27 @@ from src.evaluation.intervals import at_infinity, mean_interval
 from src.evaluation.page import Figures, write_page
 from src.evaluation.scoring import NFES, draw_images, image_features
 from src.images import read_rgb, split_paths, to_pixels
-from src.utils import UserError, cached_array, load_model, pick_device, read_checkpoint, tensor_to_pil_image, write_json
+from src.utils import (
+    UserError,
+    cached_array,
+    labelled_grid,
+    load_model,
+    pick_device,
+    read_checkpoint,
+    replacing,
+    tensor_to_pil_image,
+    write_json,
+)
 
+# Keys of references.bib for what the scores are.
+CITATIONS = (
+    "heusel2017gans",
+    "parmar2022aliased",
+    "binkowski2018demystifying",
+    "kynkaanniemi2019improved",
+    "naeem2020reliable",
+    "chong2020effectively",
+)
 SWEEP = (1, 2, 3, 4, 5, 8, 10, 20, 50, 100, 250)
 
 
@@ -125,6 +145,7 @@ def report(args) -> None:
         "weights": model.key,
         "distance": features.distance,
         "features": features.key,
+        "citations": list(CITATIONS),
         "size": size,
         "picture seed": args.seed,
         "provenance": read_checkpoint(args.checkpoint).get("provenance", {}),
@@ -157,6 +178,12 @@ def report(args) -> None:
     pictures = figures(model, seen_pixels, seen, val, args.seed)
     write_json(out / "report.json", content)
     write_page(out / "report.html", content, pictures)
+    rows = {f"NFE {nfe}": images[:8] for nfe, images in pictures.samples.items()}
+    for name, shown in (("samples", rows), ("farthest", {f"NFE {NFES[-1]}": pictures.farthest[0]})):
+        with replacing(out / f"{name}.png") as temporary:
+            labelled_grid({label: [Image.fromarray(one) for one in row] for label, row in shown.items()}).save(
+                temporary, format="png"
+            )
     print(f"{out / 'report.html'} and {out / 'report.json'}")
     for nfe, found in content["nfe"].items():
         mean, half = found["intervals"]["frechet"]

@@ -45,7 +45,7 @@ class Adversarial(Objective):
     keeps_velocity = False
     follows_progress = True
     beta1 = 0.0
-    citations = ("2501.05441", "2511.22475", "2006.10738")
+    citations = ("huang2024gan", "lin2025adversarial", "zhao2020differentiable", "sauer2024fast")
 
     def __post_init__(self):
         super().__post_init__()

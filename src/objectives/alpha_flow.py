@@ -32,7 +32,7 @@ class AlphaFlow(JumpRegression):
     own: bool = False
     power: float = 0.75
 
-    citations = ("2510.20771", "2512.15657")
+    citations = ("zhang2025alphaflow", "luo2025soflow")
 
     @property
     def follows_progress(self) -> bool:

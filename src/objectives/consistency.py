@@ -26,7 +26,7 @@ class Consistency(JumpRegression):
     q: float = 16.0
     grid: float = 0.5
 
-    citations = ("2406.14548", "2303.01469")
+    citations = ("geng2025consistency", "song2023consistency")
 
     def asked(self, t: Tensor, t_next: Tensor) -> Tensor:
         return torch.where(t_next == 0, t, 0.0)

@@ -63,7 +63,7 @@ class Objective:
     pairs = 0  # (noise, image) pairs that the teacher generates before the stage begins
     critic_steps = 0
     beta1 = None  # of Adam, for student and critic, where the run's will not do
-    citations = ()  # arXiv identifiers
+    citations = ()  # keys of references.bib
 
     def __post_init__(self):
         for names, fits, wish in (

@@ -36,7 +36,7 @@ class DistributionMatching(Objective):
     needs_teacher = True
     keeps_velocity = False
     beta1 = 0.0
-    citations = ("2405.14867", "2311.18828")
+    citations = ("yin2024improved", "yin2024one")
 
     def make_critic(self, model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
         return copy.deepcopy(model).eval().requires_grad_(True)

@@ -29,7 +29,7 @@ class MeanFlow(JumpRegression):
     improved: bool = False
     power: float = 0.75
 
-    citations = ("2505.13447", "2512.02012")
+    citations = ("geng2025mean", "geng2025improved")
 
     def jumps(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """t and r in order, from logit-normals (-0.6, 1.6) and (-4, 1.6), the authors' for CIFAR-10."""

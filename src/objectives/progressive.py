@@ -29,7 +29,7 @@ class Progressive(Shortcut):
     keep: float = 0.5
 
     needs_teacher = True
-    citations = ("2202.00512",)
+    citations = ("salimans2022progressive",)
 
     def __post_init__(self):
         super().__post_init__()

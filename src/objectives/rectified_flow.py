@@ -14,7 +14,7 @@ class RectifiedFlow(Objective):
     """||u(x_t, t, 0) - (eps - x)||^2. A jump is then an Euler step with the instantaneous velocity."""
 
     needs_condition = False
-    citations = ("2209.03003",)
+    citations = ("liu2023flow",)
 
     def asked(self, t: Tensor, t_next: Tensor) -> None:
         return None

@@ -24,7 +24,7 @@ class Shortcut(JumpRegression):
     levels: int = 128
     flow: float = 7 / 8
 
-    citations = ("2410.12557",)
+    citations = ("frans2025shortcut",)
 
     def __post_init__(self):
         super().__post_init__()

@@ -24,7 +24,7 @@ class Trajectory(Objective):
     flow: float = 1.0
 
     needs_teacher = True
-    citations = ("2310.02279",)
+    citations = ("kim2024consistency",)
 
     def draw(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         # Half of the jumps start from pure noise or end at data, as many do in a sample of few steps.

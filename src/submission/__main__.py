@@ -1,11 +1,14 @@
-"""python -m src.submission base-code | export"""
+"""python -m src.submission base-code | export | check | pack"""
 
 import argparse
+import tempfile
 from pathlib import Path
 
+from src.images import DATA_ROOT
+from src.submission import pack as packing
 from src.submission.base_code import MANIFEST, bring
-from src.submission.export import DTYPES, TARGET, export
-from src.utils import one_line_errors
+from src.training.export import DTYPES, TARGET, export
+from src.utils import UserError, one_line_errors, pick_device
 
 
 def base_code(args: argparse.Namespace) -> None:
@@ -16,6 +19,30 @@ def base_code(args: argparse.Namespace) -> None:
 def export_run(args: argparse.Namespace) -> None:
     source = export(args.run_dir, args.checkpoint, args.dtype)
     print(f"{source} is now {TARGET} ({args.dtype}), with its model_config.json beside it")
+
+
+def subject(args: argparse.Namespace) -> dict:
+    return {
+        "root": Path.cwd(),
+        "checkpoint": args.checkpoint,
+        "written": args.writeup if args.final else None,
+        "data_root": args.data_root.resolve(),
+        "split_dir": args.split_dir.resolve(),
+        "device": str(pick_device(args.device)),
+    }
+
+
+def check(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        _, lines = packing.check(tree=Path(temporary) / "submission", **subject(args))
+    counts = {verdict: sum(line.verdict == verdict for line in lines) for verdict in ("pass", "unproven", "FAIL")}
+    print(f"{counts['pass']} passed, {counts['unproven']} unproven, {counts['FAIL']} failed")
+    if counts["FAIL"]:
+        raise UserError("the submission is not ready; each line above that failed names its remedy")
+
+
+def pack(args: argparse.Namespace) -> None:
+    packing.pack(team=args.team, out=args.out, **subject(args))
 
 
 def main() -> None:
@@ -30,6 +57,21 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="a file in it; left out: the best by score, else the final one")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="float16: half the size")
     parser.set_defaults(run=export_run)
+
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--checkpoint", type=Path, default=TARGET, help="with its model_config.json beside it")
+    shared.add_argument("--final", action="store_true", help="the final submission: with write-up and samples")
+    shared.add_argument("--writeup", type=Path, default=Path("writeup/writeup.pdf"))
+    shared.add_argument("--data_root", type=Path, default=Path(DATA_ROOT), help="to look for copied images in")
+    shared.add_argument("--split_dir", type=Path, default=Path("data"))
+    shared.add_argument("--device", default="cuda", help="without CUDA: the CPU")
+    parser = commands.add_parser("check", parents=[shared], help="the challenge's checklist, each line with its remedy")
+    parser.set_defaults(run=check)
+
+    parser = commands.add_parser("pack", parents=[shared], help="check, zip, and prove the zip")
+    parser.add_argument("--team", required=True, help="names the zip's folder")
+    parser.add_argument("--out", type=Path, default=Path("submission.zip"))
+    parser.set_defaults(run=pack)
 
     args = root.parse_args()
     args.run(args)

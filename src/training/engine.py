@@ -99,6 +99,25 @@ class Recipe:
 FREE = ("num_iterations", "micro_batch", "log_interval", "save_interval", "eval_interval", "max_minutes")
 
 
+# Keys of references.bib for what every run builds on, beside its objectives and its path.
+CITATIONS = (
+    "challenge2025",
+    "simpsons2018",
+    "ho2020denoising",
+    "paszke2019pytorch",
+    "kingma2015adam",
+    "loshchilov2019decoupled",
+    "karras2024analyzing",
+)
+
+
+class Teacher(NamedTuple):
+    """Where the weights that a run starts from were trained."""
+
+    weights: str  # their hash
+    stages: list[dict]  # that run's, as its record lists them
+
+
 class Stage(NamedTuple):
     """A share of the training with one objective; each stage starts from the EMA of the one before."""
 
@@ -388,7 +407,7 @@ def train(
     arguments: dict,
     world: World = World(),  # noqa: B008
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-    teacher_hash: str | None = None,
+    teacher: Teacher | None = None,
 ) -> int:
     """Train `model` on uint8 `images` [N, 3, H, W]; go on from `save_dir`/last.ckpt if it is there.
 
@@ -401,7 +420,7 @@ def train(
         world: this process among several; the first one writes.
         evaluate: scores a model every `eval_interval` steps: numbers to log, among them "ratio", the lower the
             better; the best so far is kept as `best_model.pt`.
-        teacher_hash: of the weights that `model` has from another run, if it has.
+        teacher: where `model` has its weights from, if from another run.
     Returns: the steps that are done; fewer than planned if `max_minutes` ended the session.
     Raises: UserError if the loss is no longer finite, the run is stopped by a signal (after saving), or the
         checkpoints in `save_dir` are damaged or another run's (which is left as it is).
@@ -411,7 +430,13 @@ def train(
     # The steps of a single stage may grow, unless its loss depends on how many there are.
     fixed = len(stages) > 1 or stages[0].objective.follows_progress
     written = [[stage.name, stage.steps] if fixed else [stage.name] for stage in stages]
-    identity = {"model": model_config, "data": data_hash, "teacher": teacher_hash, "stages": written, **settings}
+    identity = {
+        "model": model_config,
+        "data": data_hash,
+        "teacher": teacher and teacher.weights,
+        "stages": written,
+        **settings,
+    }
     checkpoint = world.from_rank_0(lambda: load_last(save_dir, identity))
     if checkpoint:
         training.restore(checkpoint)
@@ -422,18 +447,23 @@ def train(
     def config() -> dict:
         return {**model_config, "objective": training.stage.name}
 
-    facts = {"seed": recipe.seed, "data": {"hash": data_hash, "images": len(images)}, "bf16": training.bf16}
+    own = [{"objective": name, "steps": steps, "citations": list(o.citations)} for name, o, steps in stages]
+    facts = {
+        "seed": recipe.seed,
+        "data": {"hash": data_hash, "images": len(images)},
+        "bf16": training.bf16,
+        "stages": [*(teacher.stages if teacher else []), *own],  # also those of the run that the weights come from
+        "citations": [*CITATIONS, *model.scheduler.citations],
+    }
     if first:
         clear_leftovers(save_dir)
         write_json(save_dir / "training_config.json", arguments)
         write_json(save_dir / "model_config.json", config())
         metrics = Metrics(save_dir / "metrics.jsonl", start)
-        cited = [{"objective": name, "steps": steps, "arXiv": o.citations} for name, o, steps in stages]
         described = {
             "arguments": arguments,
             "model_config": config(),
-            "stages": cited,
-            "teacher": teacher_hash,
+            "teacher": teacher and teacher.weights,
             **facts,
         }
         record = RunRecord(save_dir / "run.json", start, device, world.size, described)

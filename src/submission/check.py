@@ -1,0 +1,303 @@
+"""The challenge's self-evaluation list, carried out on a laid-out submission: one line each, with its remedy."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from src.evaluation.failures import nearest
+from src.evaluation.features import OFFICIAL
+from src.evaluation.reference import image_files
+from src.evaluation.scoring import NFES
+from src.faces import write_dataset
+from src.images import read_rgb, split_paths, to_pixels
+from src.submission import environment
+from src.submission.contents import CONFIG, REQUIRED, WRITEUP, altered_files
+from src.training.export import TARGET
+from src.utils import UserError
+
+LIMIT = 256  # MiB: one float32 checkpoint of the network fits, two do not
+WEIGHTS = {".pt", ".pth", ".ckpt", ".safetensors", ".onnx", ".bin", ".npz", ".npy", ".pkl"}
+TOLERANCE = 0.01  # of a network call: what a sampler may compute beside the network
+COPY = 0.05  # root mean square of pixels in [0, 1]; the nearest pair of different faces here is 0.1 apart
+
+
+class Line(NamedTuple):
+    verdict: str  # "pass", "FAIL", or "unproven": not fit to be tested here
+    name: str
+    told: str
+
+
+def passed(name: str, told: str) -> Line:
+    return Line("pass", name, told)
+
+
+def failed(name: str, told: str) -> Line:
+    return Line("FAIL", name, told)
+
+
+def unproven(name: str, told: str) -> Line:
+    return Line("unproven", name, told)
+
+
+@dataclass
+class Submission:
+    """A submission laid out in `tree`, beside the project `root` that it was taken from."""
+
+    root: Path
+    tree: Path
+    official: bool  # are the frozen files the official ones?
+    final: bool
+    data_root: Path
+    split_dir: Path
+    device: str
+    nfes: tuple[int, ...] = NFES
+    samples: int = 4  # for each NFE
+
+    def __post_init__(self):
+        self.pins = environment.pins(self.root / "requirements.txt")
+        self.provided = environment.provided_modules(self.pins)
+        self.facts: dict = {}  # what the probe saw
+
+    @property
+    def drawn(self) -> Path:
+        """Where the check's own samples are: beside the submission, no part of it."""
+        return self.tree.with_name("drawn")
+
+    def probe(self, *steps: str, **task) -> tuple[dict, str]:
+        """Run steps of `probe.py` in the tree; what it saw, and what the scripts printed."""
+        with tempfile.TemporaryDirectory() as folder:
+            task |= {"steps": steps, "provided": sorted(self.provided), "facts": f"{folder}/facts.json"}
+            Path(folder, "task.json").write_text(json.dumps(task))
+            env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            result = subprocess.run(
+                [sys.executable, Path(__file__).with_name("probe.py"), self.tree, f"{folder}/task.json"],
+                cwd=self.tree, env={**env, "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+                capture_output=True, text=True,
+            )  # fmt: skip
+            facts = Path(task["facts"])
+            lines = result.stderr.strip().splitlines() or ["no word of why"]
+            return (json.loads(facts.read_text()) if facts.is_file() else {"died": lines[-1]}), result.stderr
+
+
+def files(s: Submission) -> Iterator[Line]:
+    missing = [name for name in REQUIRED if not (s.tree / name).is_file()]
+    remedies = {str(TARGET): "python -m src.submission export RUN", "data/": "python -m src.submission base-code"}
+    if missing:
+        told = [f"{name} ({remedy})" for name in missing for key, remedy in remedies.items() if name.startswith(key)]
+        told += [name for name in missing if not any(name.startswith(key) for key in remedies)]
+        if str(CONFIG) in missing:
+            told[told.index(str(CONFIG))] += " (it must lie beside the checkpoint: export writes both)"
+        yield failed("files", f"missing: {', '.join(told)}")
+    else:
+        yield passed("files", "all that the challenge requires is there")
+
+
+def frozen(s: Submission) -> Iterator[Line]:
+    if altered := altered_files(s.root):
+        yield failed("frozen files", f"altered: {', '.join(altered)}; undo that: git checkout -- {' '.join(altered)}")
+    elif s.official:
+        yield passed("frozen files", "the official ones, by their hashes, lie over ours")
+    else:
+        yield unproven("frozen files", "ours, unaltered; for the official ones: python -m src.submission base-code")
+
+
+def packages(s: Submission) -> Iterator[Line]:
+    if different := environment.deviations(s.pins):
+        yield unproven("environment", f"not the TAs': {'; '.join(different)}; make one with Python 3.10: make test")
+    else:
+        yield passed("environment", f"Python 3.10 and the TAs' {len(s.pins)} pinned packages")
+
+
+def imports(s: Submission) -> Iterator[Line]:
+    if foreign := environment.foreign_imports(s.tree, s.provided):
+        yield failed("imports", f"not in the TAs' environment, nor in src/: {'; '.join(foreign)}")
+    else:
+        count = len(list(s.tree.rglob("*.py")))
+        yield passed("imports", f"{count} files import the TAs' packages and one another, nothing else")
+
+
+def pretrained(s: Submission) -> Iterator[Line]:
+    found = environment.pretrained_uses(s.tree)
+    found += [
+        str(path.relative_to(s.tree))
+        for path in s.tree.rglob("*")
+        if path.suffix in WEIGHTS and path != s.tree / TARGET
+    ]
+    if found:
+        yield failed("from scratch", f"a way to pretrained weights, which no submission may use: {'; '.join(found)}")
+    else:
+        yield passed("from scratch", "no pretrained weights, and no code that fetches any")
+
+
+def size(s: Submission) -> Iterator[Line]:
+    total = sum(path.stat().st_size for path in s.tree.rglob("*") if path.is_file()) / 2**20
+    told = f"{total:.0f} MiB, of at most {LIMIT}"
+    if total > LIMIT:
+        yield failed("size", f"{told}; export with --dtype float16, and keep the weights once")
+    else:
+        yield passed("size", told)
+
+
+def model(s: Submission) -> Iterator[Line]:
+    """The checkpoint, its config, its network, and the sampler, all seen by the probe."""
+    loader = s.root / "base_code/src/utils.py"
+    loader, whose = (loader, "the official") if s.official and loader.is_file() else (s.tree / "src/utils.py", "our")
+    s.drawn.mkdir(exist_ok=True)
+    s.facts, _ = s.probe(
+        "inspect", "sample", loader=str(loader), checkpoint=str(TARGET), config=str(CONFIG), device=s.device,
+        samples=s.samples, nfes=s.nfes, save_dir=str(s.drawn),
+    )  # fmt: skip
+    facts = s.facts
+    reason = _reason(facts.get("inspect failed") or facts.get("died", ""))
+    prefixes = [
+        p
+        for p in ("_orig_mod.", "module.")
+        if any(key.startswith(p) or f".{p}" in key for key in facts.get("keys", []))
+    ]
+    if prefixes:
+        reason = f"its keys carry {prefixes[0]!r}, from torch.compile or DDP; export the unwrapped model. {reason}"
+    if not facts.get("loaded"):
+        yield failed("checkpoint", f"{TARGET} does not load: {reason}; python -m src.submission export RUN")
+    elif not facts.get("finite"):
+        yield failed("checkpoint", f"{TARGET} holds numbers that are not finite: export an earlier one")
+    else:
+        yield passed(
+            "checkpoint", f"loads strictly on the CPU by {whose} load_model, and its config rebuilds the model"
+        )
+        if facts["challenge_network"] and not facts["beyond"]:
+            yield passed("network", f"the challenge's U-Net, {facts['parameters']:,} parameters, and no other")
+        else:
+            told = f"{facts['parameters']:,} parameters in the U-Net, {facts['beyond']:,} beyond it"
+            yield failed("network", f"not the challenge's ({told}): train without --unet small, and add no network")
+
+    for nfe in s.nfes:
+        seen = facts.get("nfe", {}).get(str(nfe))
+        name = f"NFE {nfe}"
+        if seen is None:
+            reason = _reason(
+                facts.get("sample failed") or facts.get("died") or "the checkpoint does not load, see above"
+            )
+            yield failed(name, f"sampling.py made no images: {reason}")
+            return
+        calls = max(seen["calls"], seen["arithmetic"], key=lambda found: abs(found - nfe))
+        if abs(calls - nfe) > TOLERANCE * nfe:
+            yield failed(name, f"{calls:.2f} network calls an image, by counting calls and arithmetic: make it {nfe}")
+        else:
+            yield passed(name, f"sampling.py calls the network exactly {nfe} times an image")
+
+
+def _reason(error: str) -> str:
+    return " ".join(error.split())[:300] or "no reason given"
+
+
+def images(s: Submission) -> Iterator[Line]:
+    if any(not (s.drawn / f"nfe={nfe}").is_dir() for nfe in s.nfes):
+        yield failed("images", "there are none to look at, see above")
+        return
+    faults, drawn, alike = [], [], False
+    for nfe in s.nfes:
+        first = len(drawn)
+        paths = sorted((s.drawn / f"nfe={nfe}").glob("*.png"))
+        if [path.name for path in paths] != [f"{i:04d}.png" for i in range(s.samples)]:
+            faults.append(f"nfe={nfe} holds {len(paths)} images instead of {s.samples}")
+        for path in paths:
+            with Image.open(path) as image:
+                if image.size != (64, 64) or image.mode != "RGB":
+                    faults.append(f"{path.parent.name}/{path.name} is {image.width}x{image.height} {image.mode}")
+                    continue
+                drawn.append(np.asarray(image).reshape(-1).astype(np.float32) / 255)
+        alike |= first < len(drawn) and len(np.unique(drawn[first:], axis=0)) < len(drawn) - first
+    values = np.stack(drawn) if drawn else np.zeros((1, 1))
+    if not faults and values.std(1).min() < 0.02:
+        faults.append("some are of one colour: the model has learnt nothing, or its weights are damaged")
+    if alike:
+        faults.append("different noise gives the same image: the sampler does not draw its noise")
+    if faults:
+        yield failed("images", f"{'; '.join(faults[:3])}; they must be 64x64 RGB, each of its own noise")
+        return
+    yield passed("images", f"{len(drawn)} images, 64x64 RGB, none of one colour, no two of one NFE alike")
+    try:
+        paths = split_paths(s.data_root, "train", s.split_dir)
+    except UserError as error:
+        yield unproven("not copied", f"no training images to compare with: {error}")
+        return
+    pixels = to_pixels(64)
+    train = np.stack([pixels(read_rgb(path)).permute(1, 2, 0).numpy() for path in paths]) * 0.5 + 0.5
+    both = np.concatenate([train, train[:, :, ::-1]]).reshape(2 * len(train), -1)
+    distance = nearest(values, both)[1] / values.shape[1] ** 0.5
+    told = f"the nearest of {len(train):,} training images, or their mirror images, is {distance.min():.3f} away"
+    if distance.min() < COPY:
+        yield failed("not copied", f"{told} (root mean square): a sampler must not hold training images")
+    else:
+        yield passed("not copied", f"{told} (root mean square of pixels)")
+
+
+def evaluation(s: Submission) -> Iterator[Line]:
+    if not OFFICIAL.is_file():
+        yield unproven("measure_fid", f"no Inception network at {OFFICIAL}: python measure_fid.py fetches it")
+        return
+    reference = s.root / "data/simpsons_64x64/val"
+    if not reference.is_dir() and not s.data_root.is_dir():
+        yield unproven("measure_fid", f"no validation images at {s.data_root}: name them with --data_root")
+        return
+    flags = ["--generated_dir", str(s.drawn / "nfe=4"), "--data_root", str(s.data_root), "--device", s.device]
+    flags += ["--reference_dir", str(reference)] if reference.is_dir() else []
+    facts, printed = s.probe("run", command=["measure_fid.py", *flags, "--output_path", str(s.drawn / "fid.json")])
+    score = next((line for line in printed.splitlines() if line.startswith("FID Score: ")), None)
+    if score is None:
+        yield failed("measure_fid", f"it gave no score: {_reason(facts.get('run failed') or facts.get('died', ''))}")
+    else:
+        yield passed("measure_fid", f"runs ({s.samples} images of NFE 4: too few for the number to mean anything)")
+
+
+def training(s: Submission) -> Iterator[Line]:
+    faces, run = s.tree.with_name("faces"), s.tree.with_name("trained")
+    write_dataset(faces, train=8, val=4, size=64)
+    flags = f"--data_root {faces} --split_dir {faces} --num_iterations 1 --batch_size 2 --save_dir {run}"
+    facts, _ = s.probe("run", command=["train.py", *flags.split(), "--device", s.device])
+    left = [name for name in ("final_model.pt", "last.ckpt", "model_config.json") if not (run / name).is_file()]
+    if facts or left:
+        reason = facts.get("run failed") or facts.get("died") or f"{', '.join(left)} missing"
+        yield failed("train.py", f"does not train a step from scratch: {_reason(reason)}")
+    else:
+        yield passed("train.py", "trains a step from scratch, on built-in faces, and leaves its checkpoints")
+
+
+def report(s: Submission) -> Iterator[Line]:
+    """The write-up and the samples of a final submission."""
+    if not s.final:
+        return
+    short = [f"samples/nfe={nfe}" for nfe in NFES if len(list((s.tree / f"samples/nfe={nfe}").glob("*.png"))) < 8]
+    dated = [path.stat().st_mtime for nfe in NFES for path in (s.tree / f"samples/nfe={nfe}").glob("*.png")]
+    made = (s.tree / TARGET).stat().st_mtime if (s.tree / TARGET).is_file() else 0
+    if short:
+        yield failed("samples", f"fewer than 8 images in {', '.join(short)}: python sampling.py")
+    elif min(dated) < made:
+        yield failed("samples", f"samples/ is older than {TARGET}: python sampling.py")
+    else:
+        for nfe in NFES:
+            image_files(s.tree / f"samples/nfe={nfe}")
+        yield passed("samples", "sample images of NFE 1, 2 and 4")
+    if not (s.tree / WRITEUP).is_file():
+        yield failed("write-up", "missing: python writeup/build.py RUN")
+        return
+    try:
+        from src.submission import writeup  # reads PDFs and bibliographies, which no TA needs to
+    except ModuleNotFoundError as error:
+        yield failed("write-up", f"cannot be judged without {error.name}: pip install -r requirements-dev.txt")
+        return
+    cited = s.facts.get("provenance", {})
+    for name, fault, told in writeup.judge(s.tree / WRITEUP, s.root / "references.bib", cited):
+        yield failed(name, fault) if fault else passed(name, told)
+
+
+CHECKS = (files, frozen, packages, imports, pretrained, size, model, images, evaluation, training, report)

@@ -1,0 +1,98 @@
+"""A submission's zip: checked, in the challenge's structure, the same bytes for the same input, proven by unpacking."""
+
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+
+from PIL import Image
+
+from src.submission.check import CHECKS, Line, Submission
+from src.submission.contents import lay_out, write_manifest
+from src.training.export import TARGET
+from src.utils import UserError, replacing
+
+
+def check(
+    root: Path, tree: Path, checkpoint: Path, written: Path | None, data_root: Path, split_dir: Path, device: str
+) -> tuple[Submission, list[Line]]:
+    """Lay the submission out in `tree` and carry out every check, printing each line as soon as it is known."""
+    official = lay_out(root, tree, checkpoint, written)
+    submission = Submission(root, tree, official, written is not None, data_root, split_dir, device)
+    lines = []
+    for one in CHECKS:
+        for line in one(submission):
+            print(f"{line.verdict:9} {line.name:14} {line.told}", flush=True)
+            lines.append(line)
+    return submission, lines
+
+
+def pack(
+    root: Path,
+    team: str,
+    out: Path,
+    checkpoint: Path,
+    written: Path | None,
+    data_root: Path,
+    split_dir: Path,
+    device: str,
+) -> None:
+    """Check, then write `out`, whose one folder is named after the team.
+
+    Raises: UserError if a check fails, naming it, or the unpacked zip does not sample; then nothing is written.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", team):
+        raise UserError(f"--team {team!r}: letters, digits, '-', '_' and '.' alone, for it names a folder")
+    with tempfile.TemporaryDirectory() as temporary:
+        tree = Path(temporary) / team
+        submission, lines = check(root, tree, checkpoint, written, data_root, split_dir, device)
+        if bad := [line.name for line in lines if line.verdict == "FAIL"]:
+            raise UserError(f"nothing packed: {', '.join(bad)} failed, with their remedies above")
+        write_manifest(
+            tree,
+            team=team,
+            kind="final" if written else "mid-term",
+            official_files=submission.official,
+            unproven=[line.name for line in lines if line.verdict == "unproven"],
+        )
+        with replacing(out) as partial:
+            write_zip(tree, partial)
+            prove(submission, partial, Path(temporary) / "unpacked")
+    print(f"{out}: {out.stat().st_size / 2**20:.0f} MiB; unpacked, it sampled two images")
+
+
+def write_zip(tree: Path, target: Path) -> None:
+    """Zip the folder `tree`, in the order of names, without dates or owners; checkpoints and images uncompressed."""
+    with zipfile.ZipFile(target, "w") as archive:
+        for path in sorted(path for path in tree.rglob("*") if path.is_file()):
+            entry = zipfile.ZipInfo(str(Path(tree.name) / path.relative_to(tree)), date_time=(1980, 1, 1, 0, 0, 0))
+            entry.external_attr = 0o644 << 16
+            packed = path.suffix in (".pt", ".png", ".pdf")
+            entry.compress_type = zipfile.ZIP_STORED if packed else zipfile.ZIP_DEFLATED
+            with path.open("rb") as source, archive.open(entry, "w") as sink:
+                while block := source.read(2**22):
+                    sink.write(block)
+
+
+def prove(submission: Submission, archive: Path, folder: Path) -> None:
+    """Unpack, and sample two images with what came out; UserError if that fails."""
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(folder)
+    (tree,) = folder.iterdir()
+    unpacked = Submission(
+        submission.root, tree, submission.official, submission.final, submission.data_root, submission.split_dir,
+        submission.device,
+    )  # fmt: skip
+    command = [
+        "sampling.py",
+        "--ckpt_path",
+        str(TARGET),
+        "--save_dir",
+        str(folder.with_name("proof")),
+        "--nfe_list",
+        "4",
+    ]
+    facts, _ = unpacked.probe("run", command=[*command, "--num_samples", "2", "--device", submission.device])
+    images = sorted(folder.with_name("proof").rglob("*.png"))
+    if facts or len(images) != 2 or any(Image.open(image).size != (64, 64) for image in images):
+        raise UserError(f"the unpacked zip does not sample ({facts or f'{len(images)} images'}): nothing was written")

@@ -1,0 +1,405 @@
+"""The submission check: a sound one passes, and each way to spoil one is caught by its line, with its remedy."""
+
+import json
+import os
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import typst
+
+from custom_model import create_custom_model
+from src.faces import write_dataset
+from src.images import read_rgb
+from src.submission import check as checking
+from src.submission import contents, pack
+from src.submission.__main__ import main
+from src.utils import UserError, save_model
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = {"objective": "alpha_flow", "use_additional_condition": True}
+STAGES = [{"objective": "alpha_flow", "steps": 10, "citations": ["zhang2025alphaflow", "luo2025soflow"]}]
+PROVENANCE = {"stages": STAGES, "citations": ["ho2020denoising", "simpsons2018"]}
+WRITEUP = """
+#set page(paper: "a4")
+= Technical details
+We train alpha-Flow.
+= Training details
+The loss falls for 3.5 hours.
+= Qualitative evidence
+Early samples: #image("face.png")
+= References
+AlphaFlow: Understanding and Improving MeanFlow Models. SoFlow: Solution Flow Models for One-Step Generative Mod-
+eling. Denoising Diffusion Probabilistic Models. arXiv:2006.11239. Simpsons Faces.
+"""
+
+
+def typeset(source: str, target: Path) -> None:
+    (target.parent / "writeup.typ").write_text(source)
+    typst.compile(target.parent / "writeup.typ", output=target)
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory) -> Path:
+    """A project ready to be packed: our sources, a full U-Net's checkpoint, a write-up, samples, faces as data."""
+    root = tmp_path_factory.mktemp("sound") / "project"
+    root.mkdir()
+    for path in [*ROOT.glob("*.py"), ROOT / "requirements.txt", ROOT / "references.bib"]:
+        shutil.copyfile(path, root / path.name)
+    shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    write_dataset(root / "data", train=24, val=8, size=64)
+    torch.manual_seed(0)
+    model = create_custom_model(**CONFIG)
+    with torch.no_grad():  # the last layers start near zero
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    save_model(model.half(), str(root / "checkpoints/best_model.pt"), CONFIG, provenance=PROVENANCE)
+    face = next((root / "data").glob("*.png"))
+    for nfe in (1, 2, 4):
+        (root / f"samples/nfe={nfe}").mkdir(parents=True)
+        for i in range(8):
+            shutil.copyfile(face, root / f"samples/nfe={nfe}/{i:04d}.png")
+    shutil.copyfile(face, root / "face.png")
+    typeset(WRITEUP, root / "writeup.pdf")
+    return root
+
+
+@pytest.fixture
+def project(sound, tmp_path, monkeypatch) -> Path:
+    """A copy to spoil. Its splits, of built-in faces, stand for the official ones, which are not ours to commit."""
+    root = tmp_path / "project"
+    shutil.copytree(sound, root, copy_function=os.link)
+    splits = {f"data/{name}_split.txt": contents.sha256(root / f"data/{name}_split.txt") for name in ("train", "val")}
+    monkeypatch.setattr(contents, "SHIPPED", contents.SHIPPED | splits)
+    return root
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Write a file anew: the copy's files are links to the sound one's."""
+    path.unlink(missing_ok=True)
+    path.write_text(text)
+
+
+def replaced(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    rewrite(path, text.replace(old, new, 1))
+
+
+def resaved(project: Path, change) -> None:
+    """The checkpoint with a changed state dict."""
+    path = project / contents.TARGET
+    saved = torch.load(path, weights_only=True)
+    saved["state_dict"] = change(saved["state_dict"])
+    path.unlink()
+    torch.save(saved, path)
+
+
+def small(project: Path) -> None:
+    model = create_custom_model(**CONFIG, unet="small").half()
+    for name in ("best_model.pt", "model_config.json"):
+        (project / "checkpoints" / name).unlink()
+    config = {**CONFIG, "unet": "small"}
+    save_model(model, str(project / "checkpoints/best_model.pt"), config, provenance=PROVENANCE)
+
+
+def truncated(project: Path) -> None:
+    path = project / contents.TARGET
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    path.unlink()
+    path.write_bytes(half)
+
+
+def in_sampler(code: str):
+    """A sabotage of the sampler: `code` before its return."""
+
+    def change(project: Path) -> None:
+        old = "        return traj if return_traj else x\n"
+        replaced(project / "custom_model.py", old, f"{code}\n{old}")
+
+    return change
+
+
+HIDDEN_CALL = """
+        import copy
+        hidden = copy.copy(self.network)
+        hidden.__class__ = type("Other", (torch.nn.Module,), dict(vars(UNet)))
+        x = x - 0 * hidden(x, t * 0, t * 0)"""
+MEMORISED = """
+        import numpy as np
+        from PIL import Image
+        paths = sorted(__import__("pathlib").Path("FOLDER").glob("*.png"))[: len(x)]
+        faces = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+        x = torch.from_numpy(np.stack(faces)).permute(0, 3, 1, 2) / 127.5 - 1"""
+
+
+def memorised(project: Path) -> None:
+    first = (project / "data/train_split.txt").read_text().split()[:2]
+    for name in first:
+        (project / "src/pictures").mkdir(exist_ok=True)
+        read_rgb(project / f"data/{name}.png").save(project / f"src/pictures/{name}.png")
+    in_sampler(MEMORISED.replace("FOLDER", "src/pictures"))(project)
+
+
+def doubled(project: Path) -> None:
+    path = project / contents.TARGET
+    saved = torch.load(path, weights_only=True)
+    path.unlink()
+    twice = {name: value.float() for name, value in saved["state_dict"].items()}
+    torch.save({**saved, "state_dict": twice, "ema": {k: v.clone() for k, v in twice.items()}}, path)
+
+
+def spoiled_writeup(old: str, new: str):
+    def change(project: Path) -> None:
+        (project / "writeup.pdf").unlink()
+        assert old in WRITEUP
+        typeset(WRITEUP.replace(old, new), project / "writeup.pdf")
+
+    return change
+
+
+# name: (what spoils it, the line that catches it, a part of what that tells)
+STATIC = {
+    "no config": (lambda p: (p / contents.CONFIG).unlink(), "files", "checkpoints/model_config.json (it must lie"),
+    "no checkpoint": (lambda p: (p / contents.TARGET).unlink(), "files", "src.submission export RUN"),
+    "no split file": (lambda p: (p / "data/val_split.txt").unlink(), "files", "src.submission base-code"),
+    "altered sampling.py": (
+        lambda p: replaced(p / "sampling.py", "seed_everything(args.seed)", "seed_everything(7)"),
+        "frozen files",
+        "git checkout -- sampling.py",
+    ),
+    "altered U-Net": (
+        lambda p: replaced(p / "src/network.py", "dropout", "drop_out"),
+        "frozen files",
+        "altered: src/network.py",
+    ),
+    "another split": (
+        lambda p: rewrite(p / "data/train_split.txt", "1\n2\n"),
+        "frozen files",
+        "altered: data/train_split.txt",
+    ),
+    "a requirement more": (
+        lambda p: replaced(p / "requirements.txt", "tqdm==", "einops==0.8.0\ntqdm=="),
+        "frozen files",
+        "altered: requirements.txt",
+    ),
+    "a foreign library": (
+        lambda p: replaced(p / "custom_model.py", "import math", "import einops\nimport math"),
+        "imports",
+        "custom_model.py: einops",
+    ),
+    "a file left out": (
+        lambda p: ((p / "tricks").mkdir(), replaced(p / "train.py", "import json", "import json\nimport tricks.best")),
+        "imports",
+        "train.py: tricks",
+    ),
+    "a syntax error": (
+        lambda p: rewrite(p / "src/objectives/shortcut.py", "class Shortcut(:\n"),
+        "imports",
+        "is no valid Python (line 1)",
+    ),
+    "a pretrained network": (
+        lambda p: replaced(p / "train.py", "import json", "import json\nfrom torchvision.models import resnet18"),
+        "from scratch",
+        "train.py: torchvision.models",
+    ),
+    "a network from a hub": (
+        lambda p: replaced(p / "custom_model.py", "import math\n", "import math\nload = torch.hub.load\n"),
+        "from scratch",
+        "custom_model.py: torch.hub",
+    ),
+    "more weights": (
+        lambda p: (p / "src/prior.safetensors").write_bytes(b"0" * 64),
+        "from scratch",
+        "src/prior.safetensors",
+    ),
+    "weights twice": (doubled, "size", "export with --dtype float16"),
+    "no write-up": (lambda p: (p / "writeup.pdf").unlink(), "write-up", "python writeup/build.py RUN"),
+    "a damaged write-up": (lambda p: rewrite(p / "writeup.pdf", "no PDF"), "write-up", "no readable PDF"),
+    "a three-page write-up": (
+        spoiled_writeup("= Qualitative", "#pagebreak() more #pagebreak()\n= Qualitative"),
+        "write-up pages",
+        "3 pages before the references end",
+    ),
+    "letter paper": (spoiled_writeup('"a4"', '"us-letter"'), "write-up pages", "page 1 is not A4"),
+    "no training time": (spoiled_writeup("for 3.5 hours", "for long"), "write-up parts", "total training time"),
+    "no early samples": (spoiled_writeup("Early samples", "Samples"), "write-up parts", "samples from early training"),
+    "no pictures": (spoiled_writeup('#image("face.png")', ""), "write-up parts", "pictures"),
+    "a method not cited": (spoiled_writeup("SoFlow: Solution Flow", "Some"), "citations", "luo2025soflow (SoFlow"),
+    "no samples": (lambda p: shutil.rmtree(p / "samples/nfe=2"), "samples", "python sampling.py"),
+    "stale samples": (
+        lambda p: os.utime(own_copy(p / "samples/nfe=1/0000.png"), (0, 0)),
+        "samples",
+        "older than checkpoints/best_model.pt",
+    ),
+}
+RUNNING = {
+    "wrong keys": (
+        lambda p: resaved(p, lambda state: {name.replace("head", "start"): v for name, v in state.items()}),
+        "checkpoint",
+        "does not load",
+    ),
+    "keys of torch.compile": (
+        lambda p: resaved(p, lambda s: {name.replace("network.", "network._orig_mod."): v for name, v in s.items()}),
+        "checkpoint",
+        "'_orig_mod.', from torch.compile",
+    ),
+    "keys of DDP": (
+        lambda p: resaved(p, lambda state: {f"module.{name}": v for name, v in state.items()}),
+        "checkpoint",
+        "'module.', from torch.compile or DDP",
+    ),
+    "a truncated checkpoint": (truncated, "checkpoint", "does not load"),
+    "a foreign config": (
+        lambda p: rewrite(p / contents.CONFIG, json.dumps({**CONFIG, "width": 3})),
+        "checkpoint",
+        "unknown model setting 'width'",
+    ),
+    "weights that are not finite": (
+        lambda p: resaved(p, lambda s: s | {"network.head.bias": s["network.head.bias"] * torch.nan}),
+        "checkpoint",
+        "not finite",
+    ),
+    "a small U-Net": (small, "network", "train without --unet small"),
+    "a network beside the U-Net": (
+        lambda p: replaced(
+            p / "custom_model.py", "        self.image_size = image_size\n",
+            "        self.image_size = image_size\n        self.temperature = torch.nn.Parameter(torch.ones(1))\n",
+        ) or resaved(p, lambda state: state | {"temperature": torch.ones(1)}),
+        "network",
+        "1 beyond it",
+    ),
+    "two calls a step": (in_sampler("        self.predict(x, 0.5, 0.5)"), "NFE 1", "2.00 network calls an image"),
+    "a hidden call": (in_sampler(HIDDEN_CALL), "NFE 1", "2.00 network calls an image"),
+    "a library behind importlib": (
+        in_sampler("        __import__('importlib').import_module('pytest')"),
+        "NFE 1",
+        "no module named 'pytest' in the TAs' environment",
+    ),
+    "images of one colour": (in_sampler("        x = x * 0 + 0.3"), "images", "of one colour"),
+    "the same image always": (in_sampler("        x = x[:1].expand(x.shape)"), "images", "the same image"),
+    "small images": (in_sampler("        x = x[..., ::2, ::2]"), "images", "is 32x32 RGB"),
+    "training images": (memorised, "not copied", "must not hold training images"),
+    "no training": (
+        lambda p: replaced(p / "train.py", "    seed_everything(args.seed)\n", "    seed_everything(args.sed)\n"),
+        "train.py",
+        "AttributeError: 'Namespace' object has no attribute 'sed'",
+    ),
+}  # fmt: skip
+
+
+def own_copy(path: Path) -> Path:
+    """The file as one of its own, no longer a link."""
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    return path
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Checks that sample two images at one call each."""
+    monkeypatch.setattr(pack, "Submission", partial(checking.Submission, nfes=(1,), samples=2))
+
+
+def lines(project: Path, tmp_path: Path, monkeypatch, checks) -> dict[str, checking.Line]:
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(pack, "CHECKS", checks)
+    _, found = pack.check(
+        project, tmp_path / "tree", contents.TARGET, Path("writeup.pdf"), project / "data", project / "data", "cpu"
+    )
+    return {line.name: line for line in found}
+
+
+def provenance_known(submission):
+    """In the place of `model`, for checks that run nothing."""
+    submission.facts = {"provenance": PROVENANCE}
+    return iter(())
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_spoiled_submissions_are_caught_unrun(name, project, tmp_path, monkeypatch):
+    spoil, line, told = STATIC[name]
+    spoil(project)
+    checks = [one for one in checking.CHECKS if one.__name__ not in ("model", "images", "evaluation", "training")]
+    found = lines(project, tmp_path, monkeypatch, [provenance_known, *checks])
+    assert found[line].verdict == "FAIL" and told in found[line].told, found
+    others = {one.name for one in found.values() if one.verdict == "FAIL"} - {line}
+    assert others <= {"files", "samples"}, others  # what is spoilt may be missing too, or newer than the samples
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_spoiled_submissions_are_caught_running(name, project, tmp_path, monkeypatch, brief):
+    spoil, line, told = RUNNING[name]
+    spoil(project)
+    checks = (checking.training,) if line == "train.py" else (checking.model, checking.images)
+    found = lines(project, tmp_path, monkeypatch, checks)
+    assert found[line].verdict == "FAIL" and told in found[line].told, found
+
+
+def test_a_sound_submission_is_packed_and_proven(project, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(pack, "Submission", partial(checking.Submission, samples=2))
+    out = tmp_path / "out/submission.zip"
+    settings = (contents.TARGET, Path("writeup.pdf"), project / "data", project / "data", "cpu")
+    pack.pack(project, "team-7", out, *settings)
+    printed = capsys.readouterr().out
+    assert "FAIL" not in printed and "it sampled two images" in printed
+
+    shutil.unpack_archive(out, tmp_path / "unpacked")
+    tree = tmp_path / "unpacked/team-7"
+    held = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
+    assert {*contents.REQUIRED, "writeup.pdf", "manifest.json", "samples/nfe=4/0000.png"} <= held
+    assert not any("submission" in name or "__pycache__" in name for name in held)
+    manifest = json.loads((tree / "manifest.json").read_text())
+    assert manifest["kind"] == "final" and set(manifest["files"]) == held - {"manifest.json"}
+    assert all(contents.sha256(tree / name) == entry["sha256"] for name, entry in manifest["files"].items())
+    again = tmp_path / "again.zip"
+    pack.write_zip(tree, again)  # from other files, with other dates
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_nothing_is_packed_when_a_check_fails(project, tmp_path, monkeypatch):
+    monkeypatch.chdir(project)
+    (project / contents.CONFIG).unlink()
+    monkeypatch.setattr(pack, "CHECKS", (checking.files,))
+    settings = (contents.TARGET, None, project / "data", project / "data", "cpu")
+    with pytest.raises(UserError, match="nothing packed: files failed"):
+        pack.pack(project, "team", tmp_path / "out.zip", *settings)
+    with pytest.raises(UserError, match="--team 'a/b'"):
+        pack.pack(project, "a/b", tmp_path / "out.zip", *settings)
+    assert not (tmp_path / "out.zip").exists()
+
+
+def test_the_shipped_hashes_are_current():
+    changed = [name for name, known in contents.SHIPPED.items() if contents.sha256(ROOT / name) != known]
+    assert not changed, f"renew src/submission/shipped_sha256.json: {changed}"
+
+
+def test_official_files_are_laid_over_ours_or_refused(project, tmp_path, monkeypatch):
+    official = {}
+    for name in contents.FROZEN:
+        path = project / "base_code" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# official {name}\n")
+        official[name] = {"sha256": contents.sha256(path), "frozen": True}
+    monkeypatch.setattr(contents, "MANIFEST", official)
+    monkeypatch.chdir(project)
+    assert contents.lay_out(project, tmp_path / "tree", contents.TARGET, None)
+    assert (tmp_path / "tree/sampling.py").read_text() == "# official sampling.py\n"
+    (project / "base_code/dataset.py").write_text("altered")
+    with pytest.raises(UserError, match=r"not the official base code \(dataset.py\)"):
+        contents.lay_out(project, tmp_path / "other", contents.TARGET, None)
+
+
+def test_check_ends_with_one_line(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    (project / contents.TARGET).unlink()
+    monkeypatch.setattr(pack, "CHECKS", (checking.files, checking.size))
+    monkeypatch.setattr(sys, "argv", ["src.submission", "check", "--device", "cpu"])
+    with pytest.raises(UserError, match="the submission is not ready"):
+        main()
+    assert "FAIL      files" in capsys.readouterr().out

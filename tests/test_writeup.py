@@ -1,0 +1,113 @@
+"""The two-page write-up from run records."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pypdf import PdfReader
+
+from src.submission.writeup import judge
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, faces) -> Path:
+    """A folder with the write-up's sources, a finished run of two stages, and its report."""
+    folder = tmp_path_factory.mktemp("writeup")
+    shutil.copytree(ROOT / "writeup", folder / "writeup", ignore=shutil.ignore_patterns("*.pdf", "__pycache__"))
+    shutil.copyfile(ROOT / "references.bib", folder / "references.bib")
+    flags = ["--data_root", str(faces), "--split_dir", str(faces), "--device", "cpu"]
+    train = "--unet small --image_size 32 --stages rectified_flow:0.5,alpha_flow/alpha=0.25:0.5 --num_iterations 4"
+    train += " --batch_size 4 --save_interval 1 --log_interval 1 --save_dir run"
+    run_script(folder, ROOT / "train.py", *train.split(), *flags)
+    return folder
+
+
+@pytest.fixture
+def project(trained, tmp_path, tiny_network, faces) -> Path:
+    folder = tmp_path / "project"
+    if not (trained / "run/report").is_dir():
+        report = "--checkpoint run/final_model.pt --out run/report --samples 16 --seeds 2 --sweep 1 --device cpu"
+        flags = ["--data_root", faces, "--split_dir", faces, "--features", tiny_network]
+        run_script(trained, "-m", "src.evaluation", "report", *report.split(), *flags)
+    shutil.copytree(trained, folder)
+    return folder
+
+
+def run_script(folder: Path, *command) -> None:
+    result = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+def build(project: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "writeup/build.py", "run"]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True)
+
+
+def test_write_up_is_whole_and_keeps_the_teams_words(project):
+    words = project / "writeup/text.typ"
+    words.write_text(words.read_text().replace("[Team name]", "[The Springfield Nine]"))
+    own = words.read_text()
+    result = build(project)
+    assert result.returncode == 0, result.stderr
+    pdf = project / "writeup/writeup.pdf"
+    provenance = torch.load(project / "run/final_model.pt", weights_only=True)["provenance"]
+    judged = list(judge(pdf, project / "references.bib", provenance))
+    assert [name for name, _, _ in judged] == ["write-up pages", "write-up parts", "citations"]
+    assert [fault for _, fault, _ in judged] == ["", "", ""]
+    text = "\n".join(page.extract_text() for page in PdfReader(pdf).pages)
+    report = json.loads((project / "run/report/report.json").read_text())
+    told = (
+        "The Springfield Nine",
+        "FD[tiny]",
+        "alpha=0.25",
+        "24 training images",
+        f"{report['nfe']['1']['ratio']:.2f}",
+    )
+    for words_of in told:
+        assert words_of in text, words_of
+    assert sum(len(page.images) for page in PdfReader(pdf).pages) == 8 + 2
+    assert build(project).returncode == 0 and words.read_text() == own
+
+
+def changed(project: Path, change) -> None:
+    path = project / "run/run.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    "spoil, told",
+    [
+        (lambda p: (p / "run/report/farthest.png").unlink(), "the figure run/report/farthest.png is missing"),
+        (lambda p: (p / "run/iter=2_sample_1.png").unlink(), "the figure run/iter=2_sample_1.png is missing"),
+        (lambda p: shutil.rmtree(p / "run/report"), "src.evaluation report --checkpoint run/final_model.pt"),
+        (lambda p: (p / "run/metrics.jsonl").unlink(), "the loss curve's run/metrics.jsonl is missing"),
+        (lambda p: changed(p, lambda r: r["stages"][0].update(citations=[])), "rectified_flow cites nothing"),
+        (lambda p: changed(p, lambda r: r["stages"][0].update(citations=["who"])), "references.bib has no entry who"),
+        (lambda p: changed(p, lambda r: r["stages"][0].update(objective="magic")), "does not describe magic"),
+        (lambda p: changed(p, lambda r: r.update(teacher="abc")), "began with another run's model"),
+        (lambda p: changed(p, lambda r: r.pop("citations")), "is of an older version"),
+        (
+            lambda p: (p / "writeup/text.typ").open("a").write("#let technical = [#lorem(2500)]\n"),
+            "pages, at most 2 count: shorten writeup/text.typ",
+        ),
+        (lambda p: (p / "writeup/text.typ").open("a").write("#let technical = [@nobody]\n"), "typesetting failed"),
+    ],
+)
+def test_an_incomplete_write_up_is_not_built(project, spoil, told):
+    (project / "writeup/writeup.pdf").write_text("the one before")
+    spoil(project)
+    result = build(project)
+    assert result.returncode == 1 and told in result.stderr and "Traceback" not in result.stderr
+    assert (project / "writeup/writeup.pdf").read_text() == "the one before"
+    assert not list((project / "writeup").glob(".*"))

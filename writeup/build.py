@@ -1,0 +1,213 @@
+"""The challenge's two-page write-up from run records: `python writeup/build.py RUN [RUN ...]` -> writeup/writeup.pdf
+
+Several runs are one training: each began with --teacher from the one before it. The last run's scores and pictures
+come from its report: python -m src.evaluation report --checkpoint RUN/final_model.pt --out RUN/report
+
+The team's own words are in writeup/text.typ, which no build overwrites. Needs requirements-dev.txt.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import typst  # noqa: E402
+from pypdf import PdfReader  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+BIBLIOGRAPHY = HERE.parent / "references.bib"
+SOURCES = ("template.typ", "methods.typ", "text.typ")
+PAGES = 2
+EARLY = 4  # checkpoints to show two images of each
+
+
+class Fault(Exception):
+    """What keeps the write-up from being complete."""
+
+
+def read(path: Path, remedy: str) -> dict:
+    if not path.is_file():
+        raise Fault(f"{path} is missing: {remedy}")
+    return json.loads(path.read_text())
+
+
+def copied(source: Path, target: Path, remedy: str) -> None:
+    if not source.is_file():
+        raise Fault(f"the figure {source} is missing: {remedy}")
+    shutil.copyfile(source, target)
+
+
+def plot_losses(runs: list[Path], records: list[dict], target: Path) -> None:
+    """Raw (faint) and smoothed loss against images seen, over all runs; lines where a stage ends."""
+    figure, axes = plt.subplots(figsize=(3.6, 1.9), constrained_layout=True)
+    seen, ends = 0, []
+    for run, record in zip(runs, records, strict=True):
+        path = run / "metrics.jsonl"
+        if not path.is_file():
+            raise Fault(f"the loss curve's {path} is missing: name a folder that train.py wrote")
+        rows = [row for row in map(json.loads, path.read_text().splitlines()) if row.get("loss") is not None]
+        for stage in dict.fromkeys(row["stage"] for row in rows):
+            points = [(seen + row["images"], row["loss"]) for row in rows if row["stage"] == stage]
+            x, y = map(np.array, zip(*points, strict=True))
+            window = max(1, len(y) // 20)
+            smooth = np.convolve(y, np.ones(window) / window, mode="valid")
+            (line,) = axes.plot(x[window - 1 :], smooth, linewidth=1)
+            axes.plot(x, y, color=line.get_color(), alpha=0.25, linewidth=0.6)
+            ends.append(x[-1])
+        seen += record["images_seen"]
+    if not ends:
+        raise Fault("no loss was logged: train longer than one --log_interval")
+    for end in ends[:-1]:
+        axes.axvline(end, color="black", linewidth=0.6)
+    axes.set_xlabel("images", fontsize=8)
+    axes.set_ylabel("loss", fontsize=8)
+    axes.set_yscale("log")
+    axes.tick_params(labelsize=7, which="both")
+    axes.grid(alpha=0.3, which="both", linewidth=0.4)
+    figure.savefig(target)
+    plt.close(figure)
+
+
+def early_samples(run: Path, folder: Path) -> list[dict]:
+    """Two images of each of the first previews of a run."""
+    steps = sorted(
+        {int(match[1]) for path in run.glob("iter=*") if (match := re.match(r"iter=(\d+)_sample", path.name))}
+    )
+    found = []
+    for step in steps[:EARLY]:
+        for i in range(2):
+            name = f"early_{step}_{i}.png"
+            copied(run / f"iter={step}_sample_{i}.png", folder / name, "train.py writes it at its first previews")
+            found.append({"path": name, "told": f"{step:,} iterations"})
+    if len(found) < 2 * EARLY:
+        raise Fault(f"{run} has previews of {len(steps)} iterations, {EARLY} are needed: lower --save_interval")
+    return found
+
+
+def stages(runs: list[Path], records: list[dict], methods: str, known: set[str]) -> list[dict]:
+    """What was trained, as far as it got; Fault for a stage that the write-up could not describe or cite."""
+    if records[0]["teacher"]:
+        raise Fault(f"{runs[0]} began with another run's model: name that run before it")
+    found, before = [], []
+    for run, record in zip(runs, records, strict=True):
+        if record["stages"][: len(before)] != before:
+            raise Fault(f"{run} did not begin with the run named before it: name runs in the order of training")
+        left = record["iterations"]
+        for stage in record["stages"][len(before) :]:
+            steps = min(left, stage["steps"])
+            left -= steps
+            name, _, options = stage["objective"].partition("/")
+            if f"\n  {name}: " not in methods:
+                raise Fault(f"writeup/methods.typ does not describe {name}: add a line")
+            if not stage["citations"]:
+                raise Fault(f"the objective {name} cites nothing: give it `citations`")
+            check_keys(stage["citations"], known)
+            if steps:
+                seen = steps * record["arguments"]["batch_size"]
+                found.append({"name": name, "options": options.replace("/", ", "), "steps": f"{steps:,}",
+                              "images": f"{seen:,}", "citations": stage["citations"]})  # fmt: skip
+        before = record["stages"]
+    return found
+
+
+def check_keys(keys: list[str], known: set[str]) -> None:
+    if unknown := [key for key in keys if key not in known]:
+        raise Fault(f"references.bib has no entry {', '.join(unknown)}: add it")
+
+
+def in_words(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds / 60:.0f} minutes"
+
+
+def build(runs: list[Path], report: Path, target: Path) -> None:
+    """Write the PDF whole or not at all; Fault if it would be incomplete or longer than two pages."""
+    records = [read(run / "run.json", "name a folder that train.py wrote") for run in runs]
+    if old := [str(run) for run, record in zip(runs, records, strict=True) if "citations" not in record]:
+        raise Fault(f"{old[0]}/run.json is of an older version, without citations: train again")
+    scored = read(report / "report.json", f"python -m src.evaluation report --checkpoint {runs[-1]}/final_model.pt "
+                  f"--out {report}")  # fmt: skip
+    known = set(re.findall(r"@\w+\{([^,\s]+),", BIBLIOGRAPHY.read_text()))
+    last = records[-1]
+    check_keys([*last["citations"], *scored["citations"]], known)
+    settings, model = last["arguments"], last["model_config"]
+    sessions = [session for record in records for session in record["sessions"]]
+    devices = dict.fromkeys(session["environment"]["chip"] for session in sessions)
+    full = model["unet"] == "full" and model["image_size"] == 64
+    nfes = list(scored["nfe"])
+    data = {
+        "stages": stages(runs, records, (HERE / "methods.typ").read_text(), known),
+        "citations": last["citations"],
+        "settings": f"AdamW, learning rate {settings['lr']:g}, batch {settings['batch_size']}, "
+        f"seed {settings['seed']}, times {settings['time_sampling'].replace('_', ' ')}"
+        + ("" if full else f", a {model['unet']} U-Net at {model['image_size']} px: an experiment, no submission"),
+        "images": f"{last['data']['images']:,} training images, hash {last['data']['hash']}",
+        "hours": in_words(sum(session["seconds"] for session in sessions)),
+        "device": ", ".join(devices) + (f" x {last['sessions'][-1]['processes']}"),
+        "device_hours": f"{sum(record['device_hours'] for record in records):.2f}",
+        "sessions": str(len(sessions)),
+        "commit": sessions[-1]["environment"]["commit"][:10],
+        "nfes": nfes,
+        "samples": f"{scored['samples']:,}",
+        "seeds": str(scored["sampling seeds"]),
+        "distance": scored["distance"],
+        "floor": f"{scored['floor']['frechet']:.2f}",
+        "floor_images": f"{scored['floor']['training images']:,}",
+        "score_citations": scored["citations"],
+        "scores": [
+            {
+                "nfe": nfe,
+                "distance": "{:.2f} ± {:.2f}".format(*found["intervals"]["frechet"]),
+                "ratio": f"{found['ratio']:.2f}",
+                "precision": f"{found['intervals']['precision'][0]:.2f}",
+                "recall": f"{found['intervals']['recall'][0]:.2f}",
+                "failures": [[kind, f"{share:.2f}"] for kind, share in found["failures"].items()],
+            }
+            for nfe, found in scored["nfe"].items()
+        ],
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data["early"] = early_samples(runs[0], folder)
+        plot_losses(runs, records, folder / "loss.svg")
+        for name in ("samples.png", "farthest.png"):
+            copied(report / name, folder / name, "write the report again")
+        for name in SOURCES:
+            shutil.copyfile(HERE / name, folder / name)
+        shutil.copyfile(BIBLIOGRAPHY, folder / "references.bib")
+        (folder / "data.json").write_text(json.dumps(data))
+        pdf = target.with_name(f".{target.name}.tmp")
+        try:
+            typst.compile(folder / "template.typ", output=pdf)
+            if (count := len(PdfReader(pdf).pages)) > PAGES:
+                raise Fault(f"{count} pages, at most {PAGES} count: shorten writeup/text.typ")
+            os.replace(pdf, target)
+        except typst.TypstError as error:
+            raise Fault(f"typesetting failed: {error}") from None
+        finally:
+            pdf.unlink(missing_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders that train.py wrote, in the order of training")
+    parser.add_argument("--report", type=Path, help="of the last run; default: RUN/report")
+    parser.add_argument("--out", type=Path, default=HERE / "writeup.pdf")
+    args = parser.parse_args()
+    try:
+        build(args.runs, args.report or args.runs[-1] / "report", args.out)
+    except (Fault, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.out}: two A4 pages at most; look at them")
+
+
+if __name__ == "__main__":
+    main()
