@@ -15,7 +15,7 @@ from src.base_model import BaseGenerativeModel, BaseScheduler
 from src.network import UNet
 from src.objectives import make_objective, parse_objective
 from src.objectives.contract import Nets, eval_mode
-from src.utils import UserError, expand_t
+from src.utils import UserError, expand_t, restore_quantised
 
 # The challenge's network, and a small one for tests and CPU experiments (no submission may use it).
 UNETS = {
@@ -95,6 +95,7 @@ class CustomGenerativeModel(BaseGenerativeModel):
     def _setup(self, objective: str = "shortcut", image_size: int = 64) -> None:
         self.objective = make_objective(objective, self.scheduler)
         self.image_size = image_size
+        self._register_load_state_dict_pre_hook(restore_quantised)  # whichever loader reads an 8-bit checkpoint
 
     def predict(self, xt: Tensor, t: Tensor | float, d: Tensor | float | None = None) -> Tensor:
         """The mean velocity u(x_t, t, d) from t down to t - d, shaped like xt and in its precision.

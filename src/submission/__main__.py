@@ -55,7 +55,7 @@ def main() -> None:
     parser = commands.add_parser("export", help="put a run's model into checkpoints/")
     parser.add_argument("run_dir", type=Path, help="a folder that train.py wrote")
     parser.add_argument("--checkpoint", help="a file in it; left out: the best by score, else the final one")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="float16: half the size")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="half or a quarter of the size")
     parser.set_defaults(run=export_run)
 
     shared = argparse.ArgumentParser(add_help=False)

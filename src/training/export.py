@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from src.utils import UserError, objective_of, read_checkpoint, write_json, writing_checkpoint
+from src.utils import UserError, objective_of, quantised, read_checkpoint, write_json, writing_checkpoint
 
 TARGET = Path("checkpoints/best_model.pt")
 CHOICES = ("best_model.pt", "final_model.pt", "last.ckpt")  # the first that a run has
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": None}  # int8: with scales, see `quantised`
 FORBIDDEN = {"unet": "small", "image_size": 32}
 
 
@@ -19,7 +19,7 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
     Args:
         run: a folder that train.py wrote.
         checkpoint: a file in it; None: the best by score, else the final, else the last one.
-        dtype: float16 halves the file; loading copies it into a float32 model.
+        dtype: float16 halves the file, int8 quarters it; loading makes a float32 model of each.
     Returns: the checkpoint that was taken.
     Raises: UserError if there is none, or its network is not the challenge's.
     """
@@ -35,7 +35,11 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
     for name, value in FORBIDDEN.items():
         if config.get(name) == value:
             raise UserError(f"{source} was trained with {name}={value!r}, which no submission may use")
-    state = {name: value.to(DTYPES[dtype]) for name, value in saved["state_dict"].items()}
+    state = saved["state_dict"]
+    if dtype == "int8":
+        state = quantised(state)
+    else:
+        state = {name: value.to(DTYPES[dtype]) for name, value in state.items()}
     with writing_checkpoint(target) as temporary:
         torch.save({"state_dict": state, "provenance": saved.get("provenance", {})}, temporary)
     write_json(target.with_name("model_config.json"), {**config, **objective_of(saved)})
