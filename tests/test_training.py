@@ -208,9 +208,12 @@ def test_a_checkpoint_keeps_the_objective_of_its_stage(faces, workdir):
 
 def test_a_teacher_must_fit_and_is_what_the_run_starts_from(faces, workdir, randomised):
     model = randomised(create_custom_model(unet="small", image_size=32, objective="rectified_flow"))
-    save_model(model, "teacher/model.pt", {"unet": "small", "image_size": 32, "objective": "rectified_flow"})
+    stages = [{"objective": "rectified_flow", "steps": 5, "citations": ["liu2023flow"]}]
+    config = {"unet": "small", "image_size": 32, "objective": "rectified_flow"}
+    save_model(model, "teacher/model.pt", config, provenance={"stages": stages})
     student = create_custom_model(unet="small", image_size=32, objective="reflow")
-    assert len(train_py.start_from("teacher/model.pt", student)) == 16
+    taught_by = train_py.start_from("teacher/model.pt", student)
+    assert len(taught_by.weights) == 16 and taught_by.stages == stages
     assert torch.equal(student.network.head.weight, model.network.head.weight)
     assert type(student.objective).__name__ == "RectifiedFlow"
     other = create_custom_model(unet="small", image_size=64, objective="shortcut", num_train_timesteps=16)

@@ -17,8 +17,8 @@ def base_code(args: argparse.Namespace) -> None:
 
 
 def export_run(args: argparse.Namespace) -> None:
-    source = export(args.run_dir, args.checkpoint, args.dtype)
-    print(f"{source} is now {TARGET} ({args.dtype}), with its model_config.json beside it")
+    source = export(args.run_dir, args.checkpoint, args.dtype, args.out)
+    print(f"{source} is now {args.out} ({args.dtype}), with its model_config.json beside it")
 
 
 def subject(args: argparse.Namespace) -> dict:
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path, help="a folder that train.py wrote")
     parser.add_argument("--checkpoint", help="a file in it; left out: the best by score, else the final one")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="half or a quarter of the size")
+    parser.add_argument("--out", type=Path, default=TARGET, help="elsewhere, an experiment's model too")
     parser.set_defaults(run=export_run)
 
     shared = argparse.ArgumentParser(add_help=False)

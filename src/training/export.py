@@ -21,7 +21,7 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
         checkpoint: a file in it; None: the best by score, else the final, else the last one.
         dtype: float16 halves the file, int8 quarters it; loading makes a float32 model of each.
     Returns: the checkpoint that was taken.
-    Raises: UserError if there is none, or its network is not the challenge's.
+    Raises: UserError if there is none, or its network is not the challenge's and `target` is the submission's place.
     """
     names = [checkpoint] if checkpoint else [name for name in CHOICES if (run / name).is_file()]
     if not names:
@@ -33,7 +33,7 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{run / 'model_config.json'} is missing or no JSON: {error}") from None
     for name, value in FORBIDDEN.items():
-        if config.get(name) == value:
+        if config.get(name) == value and target == TARGET:
             raise UserError(f"{source} was trained with {name}={value!r}, which no submission may use")
     state = saved["state_dict"]
     if dtype == "int8":

@@ -1,0 +1,101 @@
+"""Gather on a CPU what a rented GPU needs, so that none of its seconds go into set-up: faces, feature network, wheels.
+
+    python -m benchmarks.prepare --data_root ROOT --split_dir SPLIT --features FILE --python 3.12
+
+Writes gpu/: both splits at the training size, the feature network in half precision, wheels of the packages that a
+machine with PyTorch alone lacks, and env.sh, which every step of benchmarks/gpu_plan.md begins with. A checkpoint to go
+on from (--start, with its model_config.json) is written in 8 bits beside them.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from src.images import DATA_ROOT, ensure_root, read_rgb, split_paths, to_pixels
+from src.training.export import export
+from src.utils import UserError, one_line_errors, replacing_folder, tensor_to_pil_image
+
+# What our code imports beyond PyTorch, NumPy, SciPy and Pillow, with what that needs in turn.
+WHEELS = """clean-fid==0.1.35 kagglehub==0.3.13 tqdm matplotlib contourpy cycler fonttools kiwisolver packaging
+    pyparsing
+    python-dateutil six requests urllib3 idna certifi charset-normalizer pyyaml""".split()
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any")
+ENVIRONMENT = """\
+# Begins every step: packages, where the data lies, where evidence goes. OUT is what is brought back.
+if [ -d gpu/wheels ] && ! python3 -c 'import cleanfid, kagglehub, matplotlib, tqdm' 2>/dev/null; then
+  [ -d gpu/site ] || python3 -m pip install -q --no-index --no-deps --no-compile --target gpu/site gpu/wheels/*.whl
+  export PYTHONPATH=gpu/site
+fi
+FACES="--data_root gpu/faces --split_dir gpu/faces"
+FEATURES="--features gpu/{features}"
+OUT=${{OUT:-results/out}}
+mkdir -p "$OUT"
+set -e -o pipefail
+"""
+
+
+def write_faces(data_root: str, split_dir: str, size: int, folder: Path) -> None:
+    """Both splits as <id>.png at the training size, which training then reads unchanged, and their split files."""
+    ensure_root(data_root)
+    pixels = to_pixels(size)
+    for split in ("train", "val"):
+        paths = split_paths(data_root, split, split_dir)
+        for path in tqdm(paths, desc=split):
+            tensor_to_pil_image(pixels(read_rgb(path))).save(folder / path.name, optimize=True)
+        shutil.copyfile(Path(split_dir) / f"{split}_split.txt", folder / f"{split}_split.txt")
+
+
+def write_features(source: Path, folder: Path) -> str:
+    """The TorchScript network in half precision, unless it is already: scoring turns it to single precision again."""
+    if not source.is_file():
+        raise UserError(f"no feature network at {source}")
+    network = torch.jit.load(source, map_location="cpu")
+    if all(p.dtype != torch.float32 for p in [*network.parameters(), *network.buffers()]):
+        shutil.copyfile(source, folder / source.name)
+        return source.name
+    name = f"{source.stem}-fp16.pt"
+    network.half().save(str(folder / name))
+    return name
+
+
+def download_wheels(python: str, folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--implementation", "cp", "--python-version", python, "--dest", str(folder)]
+    for platform in PLATFORMS:
+        command += ["--platform", platform]
+    result = subprocess.run([*command, *WHEELS], capture_output=True, text=True)
+    if result.returncode:
+        raise UserError(f"no wheels for Python {python}: {result.stderr.strip().splitlines()[-1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_root", default=DATA_ROOT)
+    parser.add_argument("--split_dir", default="data")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--features", type=Path, required=True, help="TorchScript network to score with")
+    parser.add_argument("--python", help="of the machine with the GPU, for instance 3.12; left out: no wheels")
+    parser.add_argument("--start", type=Path, help="checkpoint to go on from")
+    parser.add_argument("--out", type=Path, default=Path("gpu"))
+    args = parser.parse_args()
+    with replacing_folder(args.out) as folder:
+        (folder / "faces").mkdir()
+        write_faces(args.data_root, args.split_dir, args.size, folder / "faces")
+        features = write_features(args.features, folder)
+        if args.python:
+            download_wheels(args.python, folder / "wheels")
+        if args.start:
+            export(args.start.parent, args.start.name, "int8", folder / "start.pt")
+        (folder / "env.sh").write_text(ENVIRONMENT.format(features=features))
+    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file()) / 2**20
+    print(f"{args.out}: {size:.1f} MiB")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
