@@ -18,7 +18,8 @@ from src.evaluation.distances import frechet_distance, kernel_distance, manifold
 from src.evaluation.failures import copies, failure_rates, nearest, saturation, sharpness
 from src.evaluation.features import load_features
 from src.evaluation.intervals import at_infinity, mean_interval
-from src.evaluation.report import Data, flattened
+from src.evaluation.report import flattened
+from src.evaluation.scoring import Data
 from src.utils import save_model
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -14,8 +14,7 @@ from src.evaluation.failures import copies, failure_rates, nearest
 from src.evaluation.features import Features, load_features, official_inception
 from src.evaluation.intervals import at_infinity, mean_interval
 from src.evaluation.page import Figures, write_page
-from src.evaluation.scoring import NFES, draw_images, image_features
-from src.images import read_rgb, split_paths, to_pixels
+from src.evaluation.scoring import NFES, Data, draw_images, evenly, image_features
 from src.utils import (
     UserError,
     cached_array,
@@ -70,29 +69,6 @@ class Model:
         return cached_array(name, lambda: image_features(self.pixels(nfe, seed), self.features, self.device))
 
 
-class Data:
-    """A split's images as the model should make them: `pixels`, uint8 [N, H, W, 3], and `features`, [N, D]."""
-
-    def __init__(self, data_root: str, split_dir: str, split: str, size: int, features: Features, device: torch.device):
-        pixels = to_pixels(size)
-        paths = split_paths(data_root, split, split_dir)
-        images = [tensor_to_pil_image(pixels(read_rgb(path))) for path in tqdm(paths, desc=split, leave=False)]
-        if len(images) < 8:
-            raise UserError(f"the {split} split has {len(images)} images: scores need at least 8")
-        self.pixels = np.stack([np.asarray(image) for image in images])
-        self.network, self.device = features, device
-        self.features = self._embedded(self.pixels)
-
-    def _embedded(self, pixels: np.ndarray) -> np.ndarray:
-        digest = hashlib.sha256(self.network.key.encode() + pixels.tobytes()).hexdigest()[:16]
-        return cached_array(f"features-{digest}", lambda: image_features(pixels, self.network, self.device))
-
-    def either_way(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels [2N, H, W, 3] and features [2N, D] of the images and of their mirror images, which training sees."""
-        mirrored = np.ascontiguousarray(self.pixels[:, :, ::-1])
-        return np.concatenate([self.pixels, mirrored]), np.concatenate([self.features, self._embedded(mirrored)])
-
-
 def flattened(pixels: np.ndarray) -> np.ndarray:
     """uint8 [N, H, W, 3] as vectors of values in [0, 1], [N, D]."""
     return pixels.reshape(len(pixels), -1).astype(np.float32) / 255
@@ -137,7 +113,7 @@ def report(args) -> None:
     model = Model(args.checkpoint, features, device, args.samples)
     size = model.net.image_size
     train, val = (Data(args.data_root, args.split_dir, split, size, features, device) for split in ("train", "val"))
-    chosen = np.linspace(0, len(train.pixels) - 1, min(args.samples, len(train.pixels))).astype(int)
+    chosen = evenly(len(train.pixels), args.samples)
     floor = frechet_distance(train.features[chosen], val.features)
 
     content = {

@@ -2,17 +2,17 @@
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from cleanfid.resize import build_resizer
 from PIL import Image
+from tqdm import tqdm
 
 from src.evaluation.distances import frechet_distance
 from src.evaluation.features import Features, load_features, official_inception
 from src.images import read_rgb, split_paths, to_pixels
-from src.utils import cached_array, tensor_to_pil_image
+from src.utils import UserError, cached_array, tensor_to_pil_image
 
 NFES = (1, 2, 4)
 
@@ -38,6 +38,49 @@ def draw_images(model, nfe: int, first_seed: int, count: int) -> list[Image.Imag
     return images
 
 
+def evenly(count: int, most: int) -> np.ndarray:
+    """At most `most` of `count` indices, evenly spaced."""
+    return np.linspace(0, count - 1, min(most, count)).astype(int)
+
+
+class Data:
+    """A split's images as the model should make them: `pixels`, uint8 [N, H, W, 3], and `features`, [N, D].
+
+    Args:
+        most: take so many at most, evenly from the split; None: all.
+    """
+
+    def __init__(
+        self,
+        data_root: str,
+        split_dir: str,
+        split: str,
+        size: int,
+        features: Features,
+        device: torch.device,
+        most: int | None = None,
+    ):
+        pixels = to_pixels(size)
+        paths = split_paths(data_root, split, split_dir)
+        if len(paths) < 8:
+            raise UserError(f"the {split} split has {len(paths)} images: scores need at least 8")
+        if most is not None:
+            paths = [paths[i] for i in evenly(len(paths), most)]
+        images = [tensor_to_pil_image(pixels(read_rgb(path))) for path in tqdm(paths, desc=split, leave=False)]
+        self.pixels = np.stack([np.asarray(image) for image in images])
+        self.network, self.device = features, device
+        self.features = self._embedded(self.pixels)
+
+    def _embedded(self, pixels: np.ndarray) -> np.ndarray:
+        digest = hashlib.sha256(self.network.key.encode() + pixels.tobytes()).hexdigest()[:16]
+        return cached_array(f"features-{digest}", lambda: image_features(pixels, self.network, self.device))
+
+    def either_way(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels [2N, H, W, 3] and features [2N, D] of the images and of their mirror images, which training sees."""
+        mirrored = np.ascontiguousarray(self.pixels[:, :, ::-1])
+        return np.concatenate([self.pixels, mirrored]), np.concatenate([self.features, self._embedded(mirrored)])
+
+
 class Scorer:
     """Fréchet distances of a model's samples at NFE 1, 2 and 4 to the validation images, and to the floor.
 
@@ -60,10 +103,10 @@ class Scorer:
     ):
         self.features = load_features(features_path or official_inception(), device)
         self.device, self.count, self.seed = device, count, seed
-        train, val = (split_paths(data_root, split, split_dir) for split in ("train", "val"))
-        self.reference = self._cached(val, size)
-        chosen = np.linspace(0, len(train) - 1, min(count, len(train))).astype(int)
-        self.floor = frechet_distance(self._cached([train[i] for i in chosen], size), self.reference)
+        source = data_root, split_dir
+        self.reference = Data(*source, "val", size, self.features, device).features
+        some = Data(*source, "train", size, self.features, device, most=count).features
+        self.floor = frechet_distance(some, self.reference)
         self.key = f"{self.features.key[:16]} {size} px, {count} samples, seed {seed}, floor {self.floor:.6g}"
 
     def __call__(self, model) -> dict[str, float]:
@@ -74,13 +117,3 @@ class Scorer:
             distances[nfe] = frechet_distance(found, self.reference)
         named = {f"{self.features.distance} NFE {nfe}": distance for nfe, distance in distances.items()}
         return {**named, "floor": self.floor, "ratio": sum(distances.values()) / len(NFES) / self.floor}
-
-    def _cached(self, paths: list[Path], size: int) -> np.ndarray:
-        pixels = to_pixels(size)
-        images = [tensor_to_pil_image(pixels(read_rgb(path))) for path in paths]
-        digest = hashlib.sha256(self.features.key.encode())
-        for image in images:
-            digest.update(image.tobytes())
-        return cached_array(
-            f"features-{digest.hexdigest()[:16]}", lambda: image_features(images, self.features, self.device)
-        )
