@@ -141,7 +141,9 @@ def start_from(path: str, model) -> Teacher:
     digest = hashlib.sha256()
     for value in teacher.state_dict().values():
         digest.update(value.cpu().contiguous().numpy().tobytes())
-    return Teacher(digest.hexdigest()[:16], read_checkpoint(path).get("provenance", {}).get("stages", []))
+    unknown = [{"objective": "unknown", "steps": 0, "citations": []}]  # of an older version: nothing to cite
+    stages = read_checkpoint(path).get("provenance", {}).get("stages", unknown)
+    return Teacher(digest.hexdigest()[:16], stages)
 
 
 def run(args: argparse.Namespace, world: World, device: torch.device) -> None:

@@ -14,8 +14,8 @@ import typst
 from custom_model import create_custom_model
 from src.faces import write_dataset
 from src.images import read_rgb
+from src.submission import base_code, contents, pack
 from src.submission import check as checking
-from src.submission import contents, pack
 from src.submission.__main__ import main
 from src.utils import UserError, save_model
 
@@ -123,6 +123,7 @@ def in_sampler(code: str):
     return change
 
 
+YELLOW = "        x = x * 0 + torch.tensor([1.0, 0.7, -0.9])[:, None, None]"
 HIDDEN_CALL = """
         import copy
         hidden = copy.copy(self.network)
@@ -179,7 +180,7 @@ STATIC = {
     "another split": (
         lambda p: rewrite(p / "data/train_split.txt", "1\n2\n"),
         "frozen files",
-        "altered: data/train_split.txt",
+        "python -m src.submission base-code brings",
     ),
     "a requirement more": (
         lambda p: replaced(p / "requirements.txt", "tqdm==", "einops==0.8.0\ntqdm=="),
@@ -199,12 +200,29 @@ STATIC = {
     "a syntax error": (
         lambda p: rewrite(p / "src/objectives/shortcut.py", "class Shortcut(:\n"),
         "imports",
-        "is no valid Python (line 1)",
+        "shortcut.py is no valid Python",
     ),
     "a pretrained network": (
         lambda p: replaced(p / "train.py", "import json", "import json\nfrom torchvision.models import resnet18"),
         "from scratch",
         "train.py: torchvision.models",
+    ),
+    "a pretrained network by another name": (
+        lambda p: replaced(
+            p / "train.py", "import json", "import json\nimport torchvision as tv\nmake = lambda: tv.models.resnet18()"
+        ),
+        "from scratch",
+        "train.py: torchvision.models",
+    ),
+    "Inception in training": (
+        lambda p: replaced(p / "train.py", "import json", "import json\nfrom cleanfid import fid"),
+        "from scratch",
+        "train.py: cleanfid",
+    ),
+    "a module that is not packed": (
+        lambda p: replaced(p / "train.py", "import json", "import json\nfrom src.submission.contents import FROZEN"),
+        "imports",
+        "train.py: src.submission.contents",
     ),
     "a network from a hub": (
         lambda p: replaced(p / "custom_model.py", "import math\n", "import math\nload = torch.hub.load\n"),
@@ -223,6 +241,21 @@ STATIC = {
         spoiled_writeup("= Qualitative", "#pagebreak() more #pagebreak()\n= Qualitative"),
         "write-up pages",
         "3 pages before the references end",
+    ),
+    "a word about references on page one": (
+        spoiled_writeup("We train", "The validation references. #pagebreak() #pagebreak() We train"),
+        "write-up pages",
+        "3 pages before the references end",
+    ),
+    "an unknown teacher": (
+        lambda p: rewrite(p / "unknown", ""),
+        "citations",
+        "does not tell how all of it was trained",
+    ),
+    "small samples": (
+        lambda p: (own_copy(p / "samples/nfe=1/0000.png"), tiny_picture(p / "samples/nfe=1/0000.png")),
+        "samples",
+        "0000.png in samples/ no readable 64x64 RGB",
     ),
     "letter paper": (spoiled_writeup('"a4"', '"us-letter"'), "write-up pages", "page 1 is not A4"),
     "no training time": (spoiled_writeup("for 3.5 hours", "for long"), "write-up parts", "total training time"),
@@ -264,6 +297,11 @@ RUNNING = {
         "not finite",
     ),
     "a small U-Net": (small, "network", "train without --unet small"),
+    "another dropout": (
+        lambda p: replaced(p / "custom_model.py", "num_res_blocks=4, dropout=0.1", "num_res_blocks=4, dropout=0.3"),
+        "network",
+        "not the challenge's",
+    ),
     "a network beside the U-Net": (
         lambda p: replaced(
             p / "custom_model.py", "        self.image_size = image_size\n",
@@ -279,7 +317,7 @@ RUNNING = {
         "NFE 1",
         "no module named 'pytest' in the TAs' environment",
     ),
-    "images of one colour": (in_sampler("        x = x * 0 + 0.3"), "images", "of one colour"),
+    "images of one colour": (in_sampler(YELLOW), "images", "of one colour"),
     "the same image always": (in_sampler("        x = x[:1].expand(x.shape)"), "images", "the same image"),
     "small images": (in_sampler("        x = x[..., ::2, ::2]"), "images", "is 32x32 RGB"),
     "training images": (memorised, "not copied", "must not hold training images"),
@@ -309,14 +347,26 @@ def lines(project: Path, tmp_path: Path, monkeypatch, checks) -> dict[str, check
     monkeypatch.chdir(project)
     monkeypatch.setattr(pack, "CHECKS", checks)
     _, found = pack.check(
-        project, tmp_path / "tree", contents.TARGET, Path("writeup.pdf"), project / "data", project / "data", "cpu"
+        project,
+        tmp_path / "check",
+        "team",
+        contents.TARGET,
+        Path("writeup.pdf"),
+        project / "data",
+        project / "data",
+        "cpu",
     )
     return {line.name: line for line in found}
 
 
+def tiny_picture(path: Path) -> None:
+    read_rgb(path).resize((32, 32)).save(path)
+
+
 def provenance_known(submission):
     """In the place of `model`, for checks that run nothing."""
-    submission.facts = {"provenance": PROVENANCE}
+    unknown = [{"objective": "unknown", "steps": 0, "citations": []}] if (submission.root / "unknown").exists() else []
+    submission.facts = {"provenance": {**PROVENANCE, "stages": STAGES + unknown}}
     return iter(())
 
 
@@ -357,9 +407,10 @@ def test_a_sound_submission_is_packed_and_proven(project, tmp_path, monkeypatch,
     manifest = json.loads((tree / "manifest.json").read_text())
     assert manifest["kind"] == "final" and set(manifest["files"]) == held - {"manifest.json"}
     assert all(contents.sha256(tree / name) == entry["sha256"] for name, entry in manifest["files"].items())
-    again = tmp_path / "again.zip"
-    pack.write_zip(tree, again)  # from other files, with other dates
-    assert again.read_bytes() == out.read_bytes()
+    # The checks leave nothing in what is packed, and without them the zip is the same.
+    monkeypatch.setattr(pack, "CHECKS", ())
+    pack.pack(project, "team-7", tmp_path / "again.zip", *settings)
+    assert (tmp_path / "again.zip").read_bytes() == out.read_bytes()
 
 
 def test_nothing_is_packed_when_a_check_fails(project, tmp_path, monkeypatch):
@@ -381,17 +432,17 @@ def test_the_shipped_hashes_are_current():
 
 def test_official_files_are_laid_over_ours_or_refused(project, tmp_path, monkeypatch):
     official = {}
-    for name in contents.FROZEN:
+    for name in (*contents.FROZEN, contents.LOADER):
         path = project / "base_code" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"# official {name}\n")
-        official[name] = {"sha256": contents.sha256(path), "frozen": True}
-    monkeypatch.setattr(contents, "MANIFEST", official)
+        official[name] = {"sha256": contents.sha256(path)}
+    monkeypatch.setattr(base_code, "MANIFEST", official)
     monkeypatch.chdir(project)
     assert contents.lay_out(project, tmp_path / "tree", contents.TARGET, None)
     assert (tmp_path / "tree/sampling.py").read_text() == "# official sampling.py\n"
     (project / "base_code/dataset.py").write_text("altered")
-    with pytest.raises(UserError, match=r"not the official base code \(dataset.py\)"):
+    with pytest.raises(UserError, match=r"not the official base code \(dataset.py is not the official file\)"):
         contents.lay_out(project, tmp_path / "other", contents.TARGET, None)
 
 

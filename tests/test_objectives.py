@@ -385,4 +385,4 @@ def test_every_objective_says_what_its_options_mean_and_whom_it_cites():
     assert named <= known, named - known
     described = (ROOT / "writeup/methods.typ").read_text()
     for name in OBJECTIVES:
-        assert f"\n  {name}: [" in described, name
+        assert f"\n  {name}: o => [" in described, name

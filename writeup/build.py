@@ -1,7 +1,7 @@
 """The challenge's two-page write-up from run records: `python writeup/build.py RUN [RUN ...]` -> writeup/writeup.pdf
 
 Several runs are one training: each began with --teacher from the one before it. The last run's scores and pictures
-come from its report: python -m src.evaluation report --checkpoint RUN/final_model.pt --out RUN/report
+come from its report: python -m src.evaluation report --checkpoint checkpoints/best_model.pt --out RUN/report
 
 The team's own words are in writeup/text.typ, which no build overwrites. Needs requirements-dev.txt.
 """
@@ -37,7 +37,17 @@ class Fault(Exception):
 def read(path: Path, remedy: str) -> dict:
     if not path.is_file():
         raise Fault(f"{path} is missing: {remedy}")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise Fault(f"{path} is damaged ({error}): {remedy}") from None
+
+
+def parsed(line: str) -> dict:
+    try:
+        return json.loads(line)
+    except ValueError:  # the last line of a run that was killed while writing it
+        return {}
 
 
 def copied(source: Path, target: Path, remedy: str) -> None:
@@ -54,7 +64,7 @@ def plot_losses(runs: list[Path], records: list[dict], target: Path) -> None:
         path = run / "metrics.jsonl"
         if not path.is_file():
             raise Fault(f"the loss curve's {path} is missing: name a folder that train.py wrote")
-        rows = [row for row in map(json.loads, path.read_text().splitlines()) if row.get("loss") is not None]
+        rows = [row for row in map(parsed, path.read_text().splitlines()) if row.get("loss") is not None]
         for stage in dict.fromkeys(row["stage"] for row in rows):
             points = [(seen + row["images"], row["loss"]) for row in rows if row["stage"] == stage]
             x, y = map(np.array, zip(*points, strict=True))
@@ -112,9 +122,16 @@ def stages(runs: list[Path], records: list[dict], methods: str, known: set[str])
                 raise Fault(f"the objective {name} cites nothing: give it `citations`")
             check_keys(stage["citations"], known)
             if steps:
-                seen = steps * record["arguments"]["batch_size"]
-                found.append({"name": name, "options": options.replace("/", ", "), "steps": f"{steps:,}",
-                              "images": f"{seen:,}", "citations": stage["citations"]})  # fmt: skip
+                found.append(
+                    {
+                        "name": name,
+                        "options": options.replace("/", ", "),
+                        "steps": f"{steps:,}",
+                        "images": f"{steps * stage['batch_size']:,}",
+                        "lr": f"{stage['lr']:.2g}",
+                        "citations": stage["citations"],
+                    }
+                )
         before = record["stages"]
     return found
 
@@ -131,27 +148,31 @@ def in_words(seconds: float) -> str:
 def build(runs: list[Path], report: Path, target: Path) -> None:
     """Write the PDF whole or not at all; Fault if it would be incomplete or longer than two pages."""
     records = [read(run / "run.json", "name a folder that train.py wrote") for run in runs]
-    if old := [str(run) for run, record in zip(runs, records, strict=True) if "citations" not in record]:
-        raise Fault(f"{old[0]}/run.json is of an older version, without citations: train again")
-    scored = read(report / "report.json", f"python -m src.evaluation report --checkpoint {runs[-1]}/final_model.pt "
+    for run, record in zip(runs, records, strict=True):
+        if "citations" not in record or not all({"lr", "batch_size"} <= set(stage) for stage in record["stages"]):
+            raise Fault(f"{run}/run.json is of an older version: run the same training command again, which renews it")
+    scored = read(report / "report.json", "python -m src.evaluation report --checkpoint checkpoints/best_model.pt "
                   f"--out {report}")  # fmt: skip
+    if scored["provenance"].get("stages") != records[-1]["stages"]:
+        raise Fault(f"{report} is of another model than {runs[-1]} trained: write it again")
     known = set(re.findall(r"@\w+\{([^,\s]+),", BIBLIOGRAPHY.read_text()))
     last = records[-1]
     check_keys([*last["citations"], *scored["citations"]], known)
     settings, model = last["arguments"], last["model_config"]
     sessions = [session for record in records for session in record["sessions"]]
-    devices = dict.fromkeys(session["environment"]["chip"] for session in sessions)
+    devices = dict.fromkeys(f"{session['processes']} x {session['environment']['chip']}" for session in sessions)
     full = model["unet"] == "full" and model["image_size"] == 64
     nfes = list(scored["nfe"])
     data = {
         "stages": stages(runs, records, (HERE / "methods.typ").read_text(), known),
         "citations": last["citations"],
-        "settings": f"AdamW, learning rate {settings['lr']:g}, batch {settings['batch_size']}, "
-        f"seed {settings['seed']}, times {settings['time_sampling'].replace('_', ' ')}"
+        "settings": f"AdamW, seed {settings['seed']}, times {settings['time_sampling'].replace('_', ' ')}"
         + ("" if full else f", a {model['unet']} U-Net at {model['image_size']} px: an experiment, no submission"),
-        "images": f"{last['data']['images']:,} training images, hash {last['data']['hash']}",
+        "images": ", ".join(
+            dict.fromkeys(f"{r['data']['images']:,} training images, hash {r['data']['hash']}" for r in records)
+        ),
         "hours": in_words(sum(session["seconds"] for session in sessions)),
-        "device": ", ".join(devices) + (f" x {last['sessions'][-1]['processes']}"),
+        "device": ", ".join(devices),
         "device_hours": f"{sum(record['device_hours'] for record in records):.2f}",
         "sessions": str(len(sessions)),
         "commit": sessions[-1]["environment"]["commit"][:10],

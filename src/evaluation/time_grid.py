@@ -15,6 +15,7 @@ from custom_model import create_custom_model
 from src.objectives import make_objective
 from src.utils import UserError, load_model, objective_of, read_checkpoint, save_model
 
+CITATIONS = ("tong2025learning",)  # of references.bib
 REFERENCE_STEPS = 64  # Euler steps to the ends that few steps should reach as well
 
 
@@ -85,7 +86,9 @@ def choose_grids(checkpoint: Path, out: Path, nfes: list[int], count: int, seed:
         print(f"NFE {nfe}: {grid}, error {errors['found']:.5f}, uniform {errors['uniform']:.5f}"
               f"{'' if better else ': no gain on other noise, left uniform'}")  # fmt: skip
     saved = read_checkpoint(checkpoint)
+    provenance = dict(saved.get("provenance", {}))
+    provenance["citations"] = [*provenance.get("citations", []), *CITATIONS]
     config = json.loads(checkpoint.with_name("model_config.json").read_text()) | objective_of(saved)
     config["time_grids"] = {**(config.get("time_grids") or {}), **chosen}
-    save_model(model, out / checkpoint.name, config, provenance=saved.get("provenance", {}))
+    save_model(model, out / checkpoint.name, config, provenance=provenance)
     print(f"written to {out}")

@@ -25,7 +25,7 @@ def subject(args: argparse.Namespace) -> dict:
     return {
         "root": Path.cwd(),
         "checkpoint": args.checkpoint,
-        "written": args.writeup if args.final else None,
+        "written": args.writeup or (Path("writeup/writeup.pdf") if args.final else None),
         "data_root": args.data_root.resolve(),
         "split_dir": args.split_dir.resolve(),
         "device": str(pick_device(args.device)),
@@ -34,7 +34,7 @@ def subject(args: argparse.Namespace) -> dict:
 
 def check(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        _, lines = packing.check(tree=Path(temporary) / "submission", **subject(args))
+        _, lines = packing.check(folder=Path(temporary), team="submission", **subject(args))
     counts = {verdict: sum(line.verdict == verdict for line in lines) for verdict in ("pass", "unproven", "FAIL")}
     print(f"{counts['pass']} passed, {counts['unproven']} unproven, {counts['FAIL']} failed")
     if counts["FAIL"]:
@@ -62,7 +62,7 @@ def main() -> None:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--checkpoint", type=Path, default=TARGET, help="with its model_config.json beside it")
     shared.add_argument("--final", action="store_true", help="the final submission: with write-up and samples")
-    shared.add_argument("--writeup", type=Path, default=Path("writeup/writeup.pdf"))
+    shared.add_argument("--writeup", type=Path, help="of a final submission; default: writeup/writeup.pdf")
     shared.add_argument("--data_root", type=Path, default=Path(DATA_ROOT), help="to look for copied images in")
     shared.add_argument("--split_dir", type=Path, default=Path("data"))
     shared.add_argument("--device", default="cuda", help="without CUDA: the CPU")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from src.utils import UserError, replacing
@@ -14,14 +15,18 @@ REPOSITORY = "https://github.com/KAIST-Visual-AI-Group/Diffusion-2025-Image_Chal
 MANIFEST = json.loads((Path(__file__).parent / "base_code_sha256.json").read_text())
 
 
-def faults(folder: Path) -> list[str]:
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def faults(folder: Path, names: Iterable[str] = tuple(MANIFEST)) -> list[str]:
     """What is missing from, or altered in, a folder that should be the official base code."""
     found = []
-    for name, official in MANIFEST.items():
+    for name in names:
         path = folder / name
         if not path.is_file():
             found.append(f"{name} is missing")
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != official["sha256"]:
+        elif sha256(path) != MANIFEST[name]["sha256"]:
             found.append(f"{name} is not the official file")
     return found
 
@@ -55,7 +60,7 @@ def bring(source: Path | None, target: Path = Path("base_code"), data: Path = Pa
             clone(source)
         if not source.is_dir():
             raise UserError(f"no folder {source}")
-        if found := faults(source):
+        if found := faults(source, MANIFEST):
             raise UserError(f"{source} is not the official base code: {'; '.join(found)}")
         for name in MANIFEST:
             targets = [target / name] + [data / Path(name).name] * name.startswith("data/")

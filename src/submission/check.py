@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,14 +16,13 @@ from PIL import Image
 
 from src.evaluation.failures import nearest
 from src.evaluation.features import OFFICIAL
-from src.evaluation.reference import image_files
 from src.evaluation.scoring import NFES
 from src.faces import write_dataset
 from src.images import read_rgb, split_paths, to_pixels
 from src.submission import environment
-from src.submission.contents import CONFIG, REQUIRED, WRITEUP, altered_files
+from src.submission.contents import CONFIG, LOADER, REQUIRED, WRITEUP, altered_files
 from src.training.export import TARGET
-from src.utils import UserError
+from src.utils import UserError, tensor_to_pil_image
 
 LIMIT = 256  # MiB: one float32 checkpoint of the network fits, two do not
 WEIGHTS = {".pt", ".pth", ".ckpt", ".safetensors", ".onnx", ".bin", ".npz", ".npy", ".pkl"}
@@ -50,10 +50,11 @@ def unproven(name: str, told: str) -> Line:
 
 @dataclass
 class Submission:
-    """A submission laid out in `tree`, beside the project `root` that it was taken from."""
+    """A submission laid out in `tree`, taken from the project `root`; scripts run in a copy of it below `work`."""
 
     root: Path
     tree: Path
+    work: Path
     official: bool  # are the frozen files the official ones?
     final: bool
     data_root: Path
@@ -63,24 +64,28 @@ class Submission:
     samples: int = 4  # for each NFE
 
     def __post_init__(self):
-        self.pins = environment.pins(self.root / "requirements.txt")
+        requirements = self.root / "requirements.txt"
+        self.pins = environment.pins(requirements) if requirements.is_file() else {}
         self.provided = environment.provided_modules(self.pins)
         self.facts: dict = {}  # what the probe saw
 
     @property
     def drawn(self) -> Path:
-        """Where the check's own samples are: beside the submission, no part of it."""
-        return self.tree.with_name("drawn")
+        """Where the check's own samples are."""
+        return self.work / "drawn"
 
     def probe(self, *steps: str, **task) -> tuple[dict, str]:
-        """Run steps of `probe.py` in the tree; what it saw, and what the scripts printed."""
+        """Run steps of `probe.py` in a copy of the tree, which scripts may write to: what it saw, what was printed."""
+        copy = self.work / "submission"
+        if not copy.is_dir():
+            shutil.copytree(self.tree, copy)
         with tempfile.TemporaryDirectory() as folder:
             task |= {"steps": steps, "provided": sorted(self.provided), "facts": f"{folder}/facts.json"}
             Path(folder, "task.json").write_text(json.dumps(task))
             env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
             result = subprocess.run(
-                [sys.executable, Path(__file__).with_name("probe.py"), self.tree, f"{folder}/task.json"],
-                cwd=self.tree, env={**env, "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+                [sys.executable, Path(__file__).with_name("probe.py"), copy, f"{folder}/task.json"],
+                cwd=copy, env={**env, "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"},
                 capture_output=True, text=True,
             )  # fmt: skip
             facts = Path(task["facts"])
@@ -103,7 +108,10 @@ def files(s: Submission) -> Iterator[Line]:
 
 def frozen(s: Submission) -> Iterator[Line]:
     if altered := altered_files(s.root):
-        yield failed("frozen files", f"altered: {', '.join(altered)}; undo that: git checkout -- {' '.join(altered)}")
+        remedy = f"git checkout -- {' '.join(altered)}"
+        if any(name.startswith("data/") for name in altered):
+            remedy = "python -m src.submission base-code brings the official splits; git checkout undoes the rest"
+        yield failed("frozen files", f"altered: {', '.join(altered)}; {remedy}")
     elif s.official:
         yield passed("frozen files", "the official ones, by their hashes, lie over ours")
     else:
@@ -149,12 +157,10 @@ def size(s: Submission) -> Iterator[Line]:
 
 def model(s: Submission) -> Iterator[Line]:
     """The checkpoint, its config, its network, and the sampler, all seen by the probe."""
-    loader = s.root / "base_code/src/utils.py"
-    loader, whose = (loader, "the official") if s.official and loader.is_file() else (s.tree / "src/utils.py", "our")
-    s.drawn.mkdir(exist_ok=True)
+    loader, whose = (s.root / "base_code", "the official") if s.official else (s.tree, "our")
     s.facts, _ = s.probe(
-        "inspect", "sample", loader=str(loader), checkpoint=str(TARGET), config=str(CONFIG), device=s.device,
-        samples=s.samples, nfes=s.nfes, save_dir=str(s.drawn),
+        "inspect", "sample", loader=str((loader / LOADER).resolve()), checkpoint=str(TARGET), config=str(CONFIG),
+        device=s.device, samples=s.samples, nfes=s.nfes, save_dir=str(s.drawn),
     )  # fmt: skip
     facts = s.facts
     reason = _reason(facts.get("inspect failed") or facts.get("died", ""))
@@ -167,7 +173,9 @@ def model(s: Submission) -> Iterator[Line]:
         reason = f"its keys carry {prefixes[0]!r}, from torch.compile or DDP; export the unwrapped model. {reason}"
     if not facts.get("loaded"):
         yield failed("checkpoint", f"{TARGET} does not load: {reason}; python -m src.submission export RUN")
-    elif not facts.get("finite"):
+    elif "finite" not in facts:
+        yield failed("network", f"{TARGET} loads, but its model is not the challenge's: {reason}")
+    elif not facts["finite"]:
         yield failed("checkpoint", f"{TARGET} holds numbers that are not finite: export an earlier one")
     else:
         yield passed(
@@ -216,8 +224,8 @@ def images(s: Submission) -> Iterator[Line]:
                     continue
                 drawn.append(np.asarray(image).reshape(-1).astype(np.float32) / 255)
         alike |= first < len(drawn) and len(np.unique(drawn[first:], axis=0)) < len(drawn) - first
-    values = np.stack(drawn) if drawn else np.zeros((1, 1))
-    if not faults and values.std(1).min() < 0.02:
+    values = np.stack(drawn) if drawn else np.zeros((1, 3))
+    if not faults and values.reshape(len(values), -1, 3).std(1).max(1).min() < 0.02:
         faults.append("some are of one colour: the model has learnt nothing, or its weights are damaged")
     if alike:
         faults.append("different noise gives the same image: the sampler does not draw its noise")
@@ -245,25 +253,30 @@ def evaluation(s: Submission) -> Iterator[Line]:
     if not OFFICIAL.is_file():
         yield unproven("measure_fid", f"no Inception network at {OFFICIAL}: python measure_fid.py fetches it")
         return
-    reference = s.root / "data/simpsons_64x64/val"
-    if not reference.is_dir() and not s.data_root.is_dir():
-        yield unproven("measure_fid", f"no validation images at {s.data_root}: name them with --data_root")
+    try:
+        val = split_paths(s.data_root, "val", s.tree / "data")
+    except UserError as error:
+        yield unproven("measure_fid", f"no official validation images: {error}")
         return
-    flags = ["--generated_dir", str(s.drawn / "nfe=4"), "--data_root", str(s.data_root), "--device", s.device]
-    flags += ["--reference_dir", str(reference)] if reference.is_dir() else []
-    facts, printed = s.probe("run", command=["measure_fid.py", *flags, "--output_path", str(s.drawn / "fid.json")])
+    reference = s.work / "reference"
+    reference.mkdir()
+    for path in val[:64]:  # enough to see that it runs
+        tensor_to_pil_image(to_pixels(64)(read_rgb(path))).save(reference / path.name)
+    flags = ["--generated_dir", str(s.drawn / f"nfe={s.nfes[-1]}"), "--reference_dir", str(reference)]
+    flags += ["--data_root", str(s.data_root), "--device", s.device]
+    facts, printed = s.probe("run", command=["measure_fid.py", *flags, "--output_path", str(s.work / "fid.json")])
     score = next((line for line in printed.splitlines() if line.startswith("FID Score: ")), None)
     if score is None:
         yield failed("measure_fid", f"it gave no score: {_reason(facts.get('run failed') or facts.get('died', ''))}")
     else:
-        yield passed("measure_fid", f"runs ({s.samples} images of NFE 4: too few for the number to mean anything)")
+        yield passed("measure_fid", f"runs ({s.samples} images: too few for the number to mean anything)")
 
 
 def training(s: Submission) -> Iterator[Line]:
-    faces, run = s.tree.with_name("faces"), s.tree.with_name("trained")
+    faces, run = s.work / "faces", s.work / "trained"
     write_dataset(faces, train=8, val=4, size=64)
-    flags = f"--data_root {faces} --split_dir {faces} --num_iterations 1 --batch_size 2 --save_dir {run}"
-    facts, _ = s.probe("run", command=["train.py", *flags.split(), "--device", s.device])
+    flags = ["--data_root", str(faces), "--split_dir", str(faces), "--save_dir", str(run), "--device", s.device]
+    facts, _ = s.probe("run", command=["train.py", *flags, "--num_iterations", "1", "--batch_size", "2"])
     left = [name for name in ("final_model.pt", "last.ckpt", "model_config.json") if not (run / name).is_file()]
     if facts or left:
         reason = facts.get("run failed") or facts.get("died") or f"{', '.join(left)} missing"
@@ -284,9 +297,18 @@ def report(s: Submission) -> Iterator[Line]:
     elif min(dated) < made:
         yield failed("samples", f"samples/ is older than {TARGET}: python sampling.py")
     else:
-        for nfe in NFES:
-            image_files(s.tree / f"samples/nfe={nfe}")
-        yield passed("samples", "sample images of NFE 1, 2 and 4")
+        faults = []
+        for path in sorted((s.tree / "samples").rglob("*.png")):
+            try:
+                with Image.open(path) as image:
+                    image.load()
+                    faults += [path.name] * (image.size != (64, 64) or image.mode != "RGB")
+            except (OSError, SyntaxError):  # what Pillow raises for broken files
+                faults.append(path.name)
+        if faults:
+            yield failed("samples", f"{', '.join(faults[:3])} in samples/ no readable 64x64 RGB: python sampling.py")
+        else:
+            yield passed("samples", f"images of NFE 1, 2 and 4, 64x64 RGB, not older than {TARGET}")
     if not (s.tree / WRITEUP).is_file():
         yield failed("write-up", "missing: python writeup/build.py RUN")
         return

@@ -1,14 +1,13 @@
 """What a submission holds, in the challenge's structure, laid out in a folder of its own."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
 from src.evaluation.scoring import NFES
-from src.submission.base_code import MANIFEST
+from src.submission.base_code import MANIFEST, faults, sha256
 from src.training.export import TARGET
-from src.utils import UserError, write_json
+from src.utils import UserError, objective_of, read_checkpoint, write_json
 
 SCRIPTS = ("custom_model.py", "train.py", "dataset.py", "sampling.py", "measure_fid.py")
 FROZEN = [name for name, official in MANIFEST.items() if official["frozen"]]
@@ -16,12 +15,9 @@ FROZEN = [name for name, official in MANIFEST.items() if official["frozen"]]
 SHIPPED = json.loads((Path(__file__).parent / "shipped_sha256.json").read_text())
 CONFIG = TARGET.with_name("model_config.json")
 REQUIRED = (*SCRIPTS, "requirements.txt", *FROZEN, str(TARGET), str(CONFIG))
+LOADER = "src/utils.py"  # of the official files, the one with load_model; a team may change its own
 WRITEUP = "writeup.pdf"
 SHOWN = 32  # sample images of each NFE that a final submission carries
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def lay_out(root: Path, tree: Path, checkpoint: Path, writeup: Path | None) -> bool:
@@ -38,7 +34,8 @@ def lay_out(root: Path, tree: Path, checkpoint: Path, writeup: Path | None) -> b
     """
     packer = root / "src/submission"
     for path in [*root.glob("*.py"), *(root / "src").rglob("*")]:
-        hidden = "__pycache__" in path.parts or path.name.startswith(".")
+        parts = path.relative_to(root).parts
+        hidden = any(part == "__pycache__" or part.startswith(".") for part in parts)
         if path.is_file() and not hidden and packer not in path.parents:
             _copy(path, tree / path.relative_to(root))
     copied = {
@@ -57,14 +54,16 @@ def lay_out(root: Path, tree: Path, checkpoint: Path, writeup: Path | None) -> b
         if path.is_file():
             _copy(path, tree / name)
 
+    config = tree / CONFIG
+    if config.is_file() and checkpoint.is_file() and checkpoint.resolve() != (root / TARGET).resolve():
+        write_json(config, json.loads(config.read_text()) | objective_of(read_checkpoint(checkpoint)))
+
     official = root / "base_code"
     if not official.is_dir():
         return False
-    altered = [name for name in FROZEN if not (official / name).is_file()]
-    altered += [name for name in FROZEN if name not in altered and sha256(official / name) != MANIFEST[name]["sha256"]]
-    if altered:
+    if altered := faults(official, [*FROZEN, LOADER]):
         raise UserError(
-            f"base_code/ is not the official base code ({', '.join(altered)}): delete it, and fetch it again with "
+            f"base_code/ is not the official base code ({'; '.join(altered)}): delete it, and fetch it again with "
             "`python -m src.submission base-code`"
         )
     for name in FROZEN:

@@ -10,15 +10,10 @@ from packaging.utils import canonicalize_name
 
 PYTHON = (3, 10)
 TOOLS = {"pip", "setuptools"}  # in every environment; torch 2.6 asks for the latter from Python 3.12 on
-# Ways by which pretrained weights come into a program.
-PRETRAINED = (
-    "torch.hub",
-    "torchvision.models",
-    "lpips",
-    "load_state_dict_from_url",
-    "from_pretrained",
-    "hf_hub_download",
-)
+# Ways by which pretrained weights come into a program; clean-fid's Inception is for scores alone.
+PRETRAINED = """torch.hub torch.utils.model_zoo torchvision.models torchvision.get_model lpips load_state_dict_from_url
+    from_pretrained hf_hub_download kagglehub.model_download cleanfid""".split()
+SCORES = ("measure_fid.py", "src/evaluation/")  # where clean-fid belongs
 
 
 def pins(requirements: Path) -> dict[str, str]:
@@ -62,50 +57,87 @@ def provided_modules(pinned: dict[str, str]) -> set[str]:
     return modules
 
 
-def imported(path: Path) -> list[str]:
-    """Full names of the modules that a file imports, `from a import b` as a and a.b; relative ones keep their dots."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+def parsed(path: Path) -> ast.Module | None:
+    """A file's syntax tree; None if it is no valid Python."""
+    try:
+        return ast.parse(path.read_bytes(), str(path))
+    except (SyntaxError, ValueError):
+        return None
+
+
+def imported(tree: ast.Module) -> dict[str, str]:
+    """Imported name -> the name it goes by: `import a.b as c` gives a.b: c, `from a import b` a: a and a.b: b.
+
+    Relative imports are left out (a submission that runs has resolved them), and so is what a `try` makes optional.
+    """
+    optional = {
+        id(node)
+        for attempt in ast.walk(tree)
+        if isinstance(attempt, ast.Try)
+        and any(
+            f"{kind}Error" in ast.unparse(handler.type or handler)
+            for handler in attempt.handlers
+            for kind in ("Import", "ModuleNotFound")
+        )
+        for statement in attempt.body
+        for node in ast.walk(statement)
+    }
+    found = {}
+    for node in ast.walk(tree):
+        if id(node) in optional:
+            continue
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            found += [module, *(f"{module}.{alias.name}".replace("..", ".") for alias in node.names if node.module)]
+            found |= {alias.name: alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found[node.module] = node.module
+            found |= {f"{node.module}.{alias.name}": alias.asname or alias.name for alias in node.names}
     return found
 
 
-def foreign_imports(tree: Path, provided: set[str]) -> list[str]:
+def foreign_imports(folder: Path, provided: set[str]) -> list[str]:
     """`file: module` for each import that neither the TAs' environment nor the submission has."""
     found = []
-    for path in sorted(tree.rglob("*.py")):
-        name = path.relative_to(tree)
-        try:
-            modules = imported(path)
-        except SyntaxError as error:
-            found.append(f"{name}: is no valid Python (line {error.lineno})")
+    for path in sorted(folder.rglob("*.py")):
+        name = path.relative_to(folder)
+        tree = parsed(path)
+        if tree is None:
+            found.append(f"{name} is no valid Python")
             continue
-        for module in dict.fromkeys(module.split(".")[0] for module in modules if not module.startswith(".")):
-            here = (tree / module).is_dir() or (tree / f"{module}.py").is_file()
-            if not here and module not in provided:
-                found.append(f"{name}: {module}")
-    return found
+        modules = dict.fromkeys(node for node in imported(tree))
+        for module in modules:
+            parts = module.split(".")
+            if (folder / parts[0]).is_dir() or (folder / f"{parts[0]}.py").is_file():
+                # A name imported from one of the submission's modules is an attribute of it; what must exist is that.
+                known = any(_is_module(folder, parts[:count]) for count in (len(parts), len(parts) - 1) if count)
+                if not known:
+                    found.append(f"{name}: {module}")
+            elif parts[0] not in provided:
+                found.append(f"{name}: {parts[0]}")
+    return list(dict.fromkeys(found))
 
 
-def pretrained_uses(tree: Path) -> list[str]:
+def _is_module(folder: Path, parts: list[str]) -> bool:
+    path = folder.joinpath(*parts)
+    return path.is_dir() or path.with_name(f"{path.name}.py").is_file()
+
+
+def pretrained_uses(folder: Path) -> list[str]:
     """`file: what` for each way to pretrained weights that a submission's code has."""
     found = []
-    for path in sorted(tree.rglob("*.py")):
-        try:
-            names = set(imported(path))
-            nodes = ast.walk(ast.parse(path.read_text()))
-        except SyntaxError:
+    for path in sorted(folder.rglob("*.py")):
+        tree, name = parsed(path), path.relative_to(folder).as_posix()
+        if tree is None:
             continue
-        for node in nodes:
-            if isinstance(node, ast.Attribute):
-                names.add(ast.unparse(node))
-            elif isinstance(node, ast.Name):
-                names.add(node.id)
+        modules = imported(tree)
+        aliases = {alias: full for full, alias in modules.items()}
+        names = set(modules)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute | ast.Name):
+                first, dot, rest = ast.unparse(node).partition(".")
+                names.add(aliases.get(first, first) + dot + rest)
         for way in PRETRAINED:
-            if any(name == way or name.endswith(f".{way}") or name.startswith(f"{way}.") for name in names):
-                found.append(f"{path.relative_to(tree)}: {way}")
+            if way == "cleanfid" and name.startswith(SCORES):
+                continue
+            if any(f".{way}." in f".{used}." for used in names):
+                found.append(f"{name}: {way}")
     return found

@@ -1,5 +1,6 @@
 """A submission's zip: checked, in the challenge's structure, the same bytes for the same input, proven by unpacking."""
 
+import dataclasses
 import re
 import tempfile
 import zipfile
@@ -14,11 +15,20 @@ from src.utils import UserError, replacing
 
 
 def check(
-    root: Path, tree: Path, checkpoint: Path, written: Path | None, data_root: Path, split_dir: Path, device: str
+    root: Path,
+    folder: Path,
+    team: str,
+    checkpoint: Path,
+    written: Path | None,
+    data_root: Path,
+    split_dir: Path,
+    device: str,
 ) -> tuple[Submission, list[Line]]:
-    """Lay the submission out in `tree` and carry out every check, printing each line as soon as it is known."""
+    """Lay the submission out below `folder` and carry out every check, printing each line as soon as it is known."""
+    tree, work = folder / "laid-out" / team, folder / "work"
+    work.mkdir(parents=True)
     official = lay_out(root, tree, checkpoint, written)
-    submission = Submission(root, tree, official, written is not None, data_root, split_dir, device)
+    submission = Submission(root, tree, work, official, written is not None, data_root, split_dir, device)
     lines = []
     for one in CHECKS:
         for line in one(submission):
@@ -44,20 +54,14 @@ def pack(
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", team):
         raise UserError(f"--team {team!r}: letters, digits, '-', '_' and '.' alone, for it names a folder")
     with tempfile.TemporaryDirectory() as temporary:
-        tree = Path(temporary) / team
-        submission, lines = check(root, tree, checkpoint, written, data_root, split_dir, device)
+        submission, lines = check(root, Path(temporary), team, checkpoint, written, data_root, split_dir, device)
         if bad := [line.name for line in lines if line.verdict == "FAIL"]:
             raise UserError(f"nothing packed: {', '.join(bad)} failed, with their remedies above")
-        write_manifest(
-            tree,
-            team=team,
-            kind="final" if written else "mid-term",
-            official_files=submission.official,
-            unproven=[line.name for line in lines if line.verdict == "unproven"],
-        )
+        kind = "final" if written else "mid-term"
+        write_manifest(submission.tree, team=team, kind=kind, official_files=submission.official)
         with replacing(out) as partial:
-            write_zip(tree, partial)
-            prove(submission, partial, Path(temporary) / "unpacked")
+            write_zip(submission.tree, partial)
+            prove(submission, partial, Path(temporary) / "proof")
     print(f"{out}: {out.stat().st_size / 2**20:.0f} MiB; unpacked, it sampled two images")
 
 
@@ -77,22 +81,11 @@ def write_zip(tree: Path, target: Path) -> None:
 def prove(submission: Submission, archive: Path, folder: Path) -> None:
     """Unpack, and sample two images with what came out; UserError if that fails."""
     with zipfile.ZipFile(archive) as packed:
-        packed.extractall(folder)
-    (tree,) = folder.iterdir()
-    unpacked = Submission(
-        submission.root, tree, submission.official, submission.final, submission.data_root, submission.split_dir,
-        submission.device,
-    )  # fmt: skip
-    command = [
-        "sampling.py",
-        "--ckpt_path",
-        str(TARGET),
-        "--save_dir",
-        str(folder.with_name("proof")),
-        "--nfe_list",
-        "4",
-    ]
-    facts, _ = unpacked.probe("run", command=[*command, "--num_samples", "2", "--device", submission.device])
-    images = sorted(folder.with_name("proof").rglob("*.png"))
+        packed.extractall(folder / "unpacked")
+    (tree,) = (folder / "unpacked").iterdir()
+    unpacked = dataclasses.replace(submission, tree=tree, work=folder)
+    flags = ["--ckpt_path", str(TARGET), "--save_dir", str(unpacked.drawn), "--device", submission.device]
+    facts, _ = unpacked.probe("run", command=["sampling.py", *flags, "--nfe_list", "4", "--num_samples", "2"])
+    images = sorted(unpacked.drawn.rglob("*.png"))
     if facts or len(images) != 2 or any(Image.open(image).size != (64, 64) for image in images):
         raise UserError(f"the unpacked zip does not sample ({facts or f'{len(images)} images'}): nothing was written")

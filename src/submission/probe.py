@@ -64,11 +64,15 @@ def inspect(task: dict, facts: dict) -> None:
         ch=128, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=4, dropout=0.1, use_additional_condition=condition
     )
     shapes = lambda module: [(name, list(value.shape)) for name, value in module.state_dict().items()]  # noqa: E731
-    facts["challenge_network"] = type(model.network) is UNet and shapes(model.network) == shapes(official)
+    facts["challenge_network"] = (
+        type(model.network) is UNet
+        and shapes(model.network) == shapes(official)
+        and str(model.network) == str(official)  # dropout rates, and which modules there are
+        and not any("forward" in vars(module) for module in model.modules())
+    )
     facts["parameters"] = sum(p.numel() for p in model.network.parameters())
-    facts["beyond"] = sum(p.numel() for p in model.parameters()) - facts["parameters"]
-    values = torch.cat([value.double().flatten() for value in model.state_dict().values() if value.is_floating_point()])
-    facts["finite"] = bool(values.isfinite().all())
+    facts["beyond"] = sum(value.numel() for value in model.state_dict().values()) - facts["parameters"]
+    facts["finite"] = all(bool(value.isfinite().all()) for value in model.state_dict().values())
 
 
 def sample(task: dict, facts: dict) -> None:
@@ -92,8 +96,8 @@ def sample(task: dict, facts: dict) -> None:
     facts["nfe"] = {}
     for nfe in task["nfes"]:
         rows.clear()
-        command = ["sampling.py", "--ckpt_path", task["checkpoint"], "--config_path", task["config"]]
-        command += ["--save_dir", task["save_dir"], "--num_samples", str(count), "--batch_size", str(count)]
+        command = ["sampling.py", "--ckpt_path", task["checkpoint"], "--save_dir", task["save_dir"]]
+        command += ["--num_samples", str(count), "--batch_size", str(count)]
         with FlopCounterMode(display=False) as work:
             run_script([*command, "--nfe_list", str(nfe), "--device", task["device"]])
         calls = work.get_total_flops() / unit.get_total_flops() / count

@@ -1,22 +1,23 @@
 """What a write-up's PDF must hold: at most two A4 pages before the references, the four required parts, citations."""
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 from pybtex.database import parse_file
+from pybtex.exceptions import PybtexError
 from pypdf import PdfReader
-from pypdf.errors import PyPdfError
 
 A4 = (595.3, 841.9)  # points
 PAGES = 2
 # The challenge's four parts, and how a text shows that it has them.
 PARTS = {
-    "technical details": r"technical",
+    "technical details": r"technical|\bmethods?\b",
     "training details: loss curves": r"\bloss",
-    "training details: total training time": r"\d\s*(h|hours?|min|minutes?|days?)\b",
+    "training details: total training time": r"\d[\s~]*((gpu|device)[\s-]*)?(h|hrs?|hours?|mins?|minutes?|days?)\b",
     "qualitative evidence: samples from early training": r"\bearly\b",
-    "citations": r"\breferences\b|\bbibliography\b",
+    "citations": r"^\W*[\divx]*\W*(references|bibliography)\s*$",  # a heading, alone in its line
 }
 
 
@@ -31,13 +32,13 @@ def judge(pdf: Path, bibliography: Path, provenance: dict) -> Iterator[tuple[str
         texts = [page.extract_text() for page in pages]
         sizes = [tuple(map(float, (page.mediabox.width, page.mediabox.height))) for page in pages]
         pictures = sum(len(page.images) for page in pages)
-    except (PyPdfError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged PDFs raise whatever they lead the reader to
         yield "write-up", f"{pdf.name} is no readable PDF ({error}): build it again", ""
         return
 
     wrong = [i + 1 for i, size in enumerate(sizes) if max(abs(a - b) for a, b in zip(size, A4, strict=True)) > 2]
-    heading = re.compile(PARTS["citations"], re.I)
-    before = next((i + 1 for i, text in enumerate(texts) if heading.search(text)), len(texts))
+    heading = re.compile(PARTS["citations"], re.I | re.M)
+    before = max((i + 1 for i, text in enumerate(texts) if heading.search(text)), default=len(texts))
     if before == PAGES + 1 and heading.match(texts[PAGES].strip()):
         before = PAGES
     fault = f"page {wrong[0]} is not A4" if wrong else ""
@@ -46,31 +47,35 @@ def judge(pdf: Path, bibliography: Path, provenance: dict) -> Iterator[tuple[str
     yield "write-up pages", fault, f"{len(texts)} A4 pages, at most {PAGES} before the references"
 
     whole = "\n".join(texts)
-    absent = [part for part, shown in PARTS.items() if not re.search(shown, whole, re.I)]
+    absent = [part for part, shown in PARTS.items() if not re.search(shown, whole, re.I | re.M)]
     absent += ["pictures"] if not pictures else []
     fault = f"not found: {', '.join(absent)} (10 % off for each part)" if absent else ""
     yield "write-up parts", fault, "technical details, loss curves and training time, early samples, references"
 
     stages = provenance.get("stages", [])
     keys = dict.fromkeys([key for stage in stages for key in stage["citations"]] + provenance.get("citations", []))
-    if not stages:
-        yield "citations", "the checkpoint does not tell how it was trained: export it from its run again", ""
+    if not stages or not all(stage["citations"] for stage in stages):
+        yield "citations", "the checkpoint does not tell how all of it was trained: train it with train.py alone", ""
         return
-    known = parse_file(str(bibliography)).entries if bibliography.is_file() else {}
+    try:
+        known = parse_file(str(bibliography)).entries if bibliography.is_file() else {}
+    except PybtexError as error:
+        yield "citations", f"references.bib cannot be read: {error}", ""
+        return
     if unknown := [key for key in keys if key not in known]:
         yield "citations", f"references.bib has no entry {', '.join(unknown)}: add it", ""
         return
-    written = _letters(whole)
-    uncited = [
-        f"{key} ({re.sub('[{}]', '', known[key].fields['title'])})"
-        for key in keys
-        if _letters(known[key].fields["title"]) not in written
-        and known[key].fields.get("eprint", "-").replace(".", "") not in written
-    ]
+    written = letters(whole)
+    uncited = []
+    for key in keys:
+        fields = known[key].fields
+        names = [letters(fields[name]) for name in ("title", "eprint", "url") if fields.get(name)]
+        if not any(name in written for name in names):
+            uncited.append(f"{key} ({re.sub('[{}]', '', fields.get('title', 'no title'))})")
     fault = f"not in the write-up's references: {'; '.join(uncited)}" if uncited else ""
     yield "citations", fault, f"all {len(keys)} works that the model's training names are cited"
 
 
-def _letters(text: str) -> str:
-    """Letters and digits alone, in lower case: lines may break a title anywhere."""
-    return re.sub(r"[^a-z0-9]", "", text.lower())
+def letters(text: str) -> str:
+    """Letters and digits alone, in lower case, ligatures spelt out: lines may break a title anywhere."""
+    return re.sub(r"[^a-z0-9]", "", unicodedata.normalize("NFKD", text).lower())

@@ -10,10 +10,10 @@ from src.utils import UserError, one_line_errors, read_checkpoint, writing_check
 
 
 def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict, dict[str, torch.Tensor]]:
-    """The average of relative width `sigma_rel` at `step` (None: the last kept): step, config, float32 weights.
+    """The average of relative width `sigma_rel` at `step` (None: the last kept): step, origin, float32 weights.
 
-    The width is relative to the steps of the stage that the step belongs to.
-
+    The width is relative to the steps of the stage that the step belongs to; the origin is `model_config` and
+    `provenance`.
 
     Raises: UserError if the run kept no averages, or the width is outside of what they can tell.
     """
@@ -41,7 +41,7 @@ def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict, d
     names = kept[0][2]
     return (
         step,
-        last["model_config"],
+        {name: last[name] for name in ("model_config", "provenance")},
         {
             name: sum(float(w) * average[name].float() for w, (_, _, average) in zip(weights, kept, strict=True))
             for name in names
@@ -58,10 +58,10 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="one that the run saved at; left out, the last")
     args = root.parse_args()
 
-    step, config, state = rebuild(args.run_dir, args.sigma_rel, args.step)
+    step, origin, state = rebuild(args.run_dir, args.sigma_rel, args.step)
     target = args.run_dir / f"ema_{step}_{args.sigma_rel:g}.pt"
     with writing_checkpoint(target) as temporary:
-        torch.save({"state_dict": state, "model_config": config, "sigma_rel": args.sigma_rel, "step": step}, temporary)
+        torch.save({"state_dict": state, **origin}, temporary)
     print(f"{target}: python sampling.py --ckpt_path {target}")
 
 

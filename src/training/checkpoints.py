@@ -81,7 +81,7 @@ def save_averages(save_dir: Path, step: int, averages: dict[str, dict[str, Tenso
     """Keep the power-function averages of this step in half precision, for `python -m src.training ema`.
 
     Args:
-        origin: the `stage`'s index, its `age`, how many of its steps the averages are of, and the `model_config`.
+        origin: the `stage`'s index, its `age`, how many of its steps the averages are of, `model_config`, `provenance`.
     """
     halves = {width: {name: value.half() for name, value in average.items()} for width, average in averages.items()}
     with writing_checkpoint(save_dir / f"averages/{step}.pt") as temporary:

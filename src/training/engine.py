@@ -447,7 +447,16 @@ def train(
     def config() -> dict:
         return {**model_config, "objective": training.stage.name}
 
-    own = [{"objective": name, "steps": steps, "citations": list(o.citations)} for name, o, steps in stages]
+    own = [
+        {
+            "objective": name,
+            "steps": steps,
+            "batch_size": recipe.batch_size,
+            "lr": recipe.lr * objective.rate,
+            "citations": list(objective.citations),
+        }
+        for name, objective, steps in stages
+    ]
     facts = {
         "seed": recipe.seed,
         "data": {"hash": data_hash, "images": len(images)},
@@ -479,7 +488,8 @@ def train(
     def save() -> None:
         age = training.steps - training.first_step
         averages = training.power_ema.averages
-        save_averages(save_dir, training.steps, averages, stage=training.index, age=age, model_config=config())
+        about = {"model_config": config(), "provenance": {**origin, "step": training.steps}}
+        save_averages(save_dir, training.steps, averages, stage=training.index, age=age, **about)
         state = {**training.state(), "identity": identity}
         save_last(save_dir, average, config(), training=state, provenance={**origin, "step": training.steps})
         plot_curves(metrics.rows, save_dir / "training_curves.png")

@@ -35,6 +35,8 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
     for name, value in FORBIDDEN.items():
         if config.get(name) == value and target == TARGET:
             raise UserError(f"{source} was trained with {name}={value!r}, which no submission may use")
+    if "state_dict" not in saved:
+        raise UserError(f"{source} holds no model that can be exported: name one that train.py saved")
     state = saved["state_dict"]
     if dtype == "int8":
         state = quantised(state)
