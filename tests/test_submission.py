@@ -158,3 +158,18 @@ def test_official_files_over_ours_give_the_same_images(workdir, randomised, face
     assert len(trees["ours"]) == 19
     assert torch.equal(trees["ours"].pop("weights"), trees["official"].pop("weights"))
     assert trees["ours"] == trees["official"]
+
+
+@pytest.mark.parametrize("name", ["float16", "int8"])
+def test_released_models_load_and_draw_faces(name):
+    """They are an experiment's: small network, 32x32."""
+    folder = base_code.Path(base_code.__file__).resolve().parents[2] / "checkpoints/small32"
+    model = load_model(str(folder / f"{name}.pt"), create_custom_model)
+    noise = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = [model.sample(noise.shape, nfe, noise=noise) for nfe in (1, 4)]
+    # The yellow of the faces, in the middle of the image: much red and green, little blue.
+    for sampled in images:
+        red, green, blue = sampled[:, :, 8:24, 8:24].mean((0, 2, 3)).tolist()
+        assert red > green > blue and red - blue > 0.5
+    assert (images[0] - images[1]).abs().mean() < 0.6
+    assert images[0].std(0).mean() > 0.2  # different noise, different faces

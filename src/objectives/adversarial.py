@@ -35,7 +35,7 @@ class Adversarial(Objective):
     critic: str = "encoder"
     critic_rate: float = 1.25
     critic_steps: int = 1
-    gamma: float = 0.1
+    gamma: float = 0.02
     anchor: float = 1.0
     anchor_end: float = 0.02
     augmented: bool = True
