@@ -156,6 +156,8 @@ def test_report_is_whole_reproducible_and_reads_without_a_network(runs, faces, t
     page = (runs / "out/report.html").read_text()
     pictures = re.compile('src="data:image/png;base64,[A-Za-z0-9+/=]+"')
     assert page.count("<figure") == len(pictures.findall(page))
+    for name in ("sweep", "limit", "memory", "samples", "farthest"):
+        assert (runs / f"out/{name}.png").read_bytes().startswith(b"\x89PNG"), name
     told_without = pictures.sub("", page)  # a picture's base64 may spell anything
     assert "http" not in told_without and "src=" not in told_without
     for told in ("FD[tiny]", "color-scheme: light dark", "width=device-width", "id=nfe"):

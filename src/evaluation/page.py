@@ -59,9 +59,13 @@ document.getElementById('copy').addEventListener('click', async (event) => {
 """
 
 
-def write_page(path: Path, content: dict, figures: Figures) -> None:
-    """Write the page of a report's numbers (report.json) and its figures."""
+def write_page(folder: Path, content: dict, figures: Figures) -> None:
+    """Write report.html, the page of a report's numbers (report.json) and its figures, and its plots beside it."""
     name = content["distance"]
+    plots = {"sweep": _plot_sweep(content), "limit": _plot_limit(content), "memory": _plot_memory(figures)}
+    for plot, png in plots.items():
+        with replacing(folder / f"{plot}.png") as temporary:
+            temporary.write_bytes(png)
     facts = (
         f"{content['samples']} samples for each NFE and sampling seed, {content['sampling seeds']} sampling seeds; "
         f"{content['size']} px; {content['validation images']:,} validation images; "
@@ -81,16 +85,16 @@ def write_page(path: Path, content: dict, figures: Figures) -> None:
         "<h2>Samples</h2>"
         f"<label>NFE {', '.join(keys)} <input id=nfe type=range min=0 max={len(keys) - 1} value=0></label>{grids}",
         "<h2>Quality against network calls</h2>",
-        _figure(_plot_sweep(content), f"{name} of one sampling seed; the line is the floor.", plot=True),
+        _figure(_uri(plots["sweep"]), f"{name} of one sampling seed; the line is the floor.", plot=True),
         "<h2>Sample size</h2>",
         _figure(
-            _plot_limit(content),
+            _uri(plots["limit"]),
             f"{name} against 1/N: its bias falls as samples grow, towards the limit at 0 on the left; that of "
             "the finite number of validation images stays. Compare scores only at the same N.",
             plot=True,
         ),
         "<h2>Memory</h2>",
-        _memory(content, figures),
+        _memory(content, figures, _uri(plots["memory"])),
         "<h2>Failures</h2>",
         _failure_table(content),
         _figure(
@@ -104,7 +108,7 @@ def write_page(path: Path, content: dict, figures: Figures) -> None:
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{html.escape(name)}</title><style>{STYLE}</style><body>{''.join(parts)}<script>{SCRIPT}</script></body></html>"
     )
-    with replacing(path) as temporary:
+    with replacing(folder / "report.html") as temporary:
         temporary.write_text(page)
 
 
@@ -127,7 +131,7 @@ def _score_table(content: dict) -> str:
     )
 
 
-def _memory(content: dict, figures: Figures) -> str:
+def _memory(content: dict, figures: Figures, plot: str) -> str:
     columns = [(space, told) for space in ("features", "pixels") for told in ("share of copies", "nearer than unseen")]
     rows = [
         (f"NFE {nfe}", *(f"{found['memory'][space][told]:.3f}" for space, told in columns))
@@ -138,7 +142,7 @@ def _memory(content: dict, figures: Figures) -> str:
         f"<div class=wide>{table}</div><p>Share of copies: samples nearer to a training image, or its mirror image, "
         "than 99 % of the validation images are (without memory 0.01). Nearer than unseen: the chance that a sample is "
         "nearer than a validation image (without memory 0.5; bad samples are far from all images and have less).</p>"
-        + _figure(_plot_memory(figures), "Distance to the nearest training image, by features, at NFE 4.", plot=True)
+        + _figure(plot, "Distance to the nearest training image, by features, at NFE 4.", plot=True)
         + _figure(
             _png(_grid(figures.closest, 3)), "The eight samples nearest to training images by features, above those."
         )
@@ -180,7 +184,11 @@ def _grid(rows: list[list[np.ndarray]], scale: int) -> Image.Image:
 def _png(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _uri(buffer.getvalue())
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _axes(**labels):
@@ -197,16 +205,16 @@ def _axes(**labels):
     return figure, axes
 
 
-def _drawn(figure, axes) -> str:
+def _drawn(figure, axes) -> bytes:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(labelcolor="#808080", framealpha=0)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, format="png", transparent=True)
     plt.close(figure)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
-def _plot_sweep(content: dict) -> str:
+def _plot_sweep(content: dict) -> bytes:
     figure, axes = _axes(xlabel="NFE", ylabel=content["distance"], xscale="log", yscale="log")
     nfes = [int(nfe) for nfe in content["sweep"]]
     axes.plot(nfes, list(content["sweep"].values()), "o-")
@@ -216,7 +224,7 @@ def _plot_sweep(content: dict) -> str:
     return _drawn(figure, axes)
 
 
-def _plot_limit(content: dict) -> str:
+def _plot_limit(content: dict) -> bytes:
     figure, axes = _axes(xlabel="1 / N", ylabel=content["distance"])
     for nfe, found in content["nfe"].items():
         sizes = 1 / np.array(found["samples"]["counts"])
@@ -226,7 +234,7 @@ def _plot_limit(content: dict) -> str:
     return _drawn(figure, axes)
 
 
-def _plot_memory(figures: Figures) -> str:
+def _plot_memory(figures: Figures) -> bytes:
     figure, axes = _axes(xlabel="distance to the nearest training image", ylabel="share")
     bins = np.histogram_bin_edges(np.concatenate([figures.distances, figures.unseen_distances]), 40)
     for label, values in (("samples", figures.distances), ("validation images", figures.unseen_distances)):

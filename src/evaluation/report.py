@@ -153,7 +153,7 @@ def report(args) -> None:
     out = Path(args.out)
     pictures = figures(model, seen_pixels, seen, val, args.seed)
     write_json(out / "report.json", content)
-    write_page(out / "report.html", content, pictures)
+    write_page(out, content, pictures)
     rows = {f"NFE {nfe}": images[:8] for nfe, images in pictures.samples.items()}
     for name, shown in (("samples", rows), ("farthest", {f"NFE {NFES[-1]}": pictures.farthest[0]})):
         with replacing(out / f"{name}.png") as temporary:
