@@ -19,10 +19,10 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def faults(folder: Path, names: Iterable[str] = tuple(MANIFEST)) -> list[str]:
-    """What is missing from, or altered in, a folder that should be the official base code."""
+def faults(folder: Path, names: Iterable[str] | None = None) -> list[str]:
+    """What is missing from, or altered in, a folder that should be the official base code; of `names`, if given."""
     found = []
-    for name in names:
+    for name in MANIFEST if names is None else names:
         path = folder / name
         if not path.is_file():
             found.append(f"{name} is missing")
@@ -60,7 +60,7 @@ def bring(source: Path | None, target: Path = Path("base_code"), data: Path = Pa
             clone(source)
         if not source.is_dir():
             raise UserError(f"no folder {source}")
-        if found := faults(source, MANIFEST):
+        if found := faults(source):
             raise UserError(f"{source} is not the official base code: {'; '.join(found)}")
         for name in MANIFEST:
             targets = [target / name] + [data / Path(name).name] * name.startswith("data/")

@@ -41,7 +41,7 @@ def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict, d
     names = kept[0][2]
     return (
         step,
-        {name: last[name] for name in ("model_config", "provenance")},
+        {"model_config": last["model_config"], "provenance": last.get("provenance", {})},  # older runs kept none
         {
             name: sum(float(w) * average[name].float() for w, (_, _, average) in zip(weights, kept, strict=True))
             for name in names
