@@ -3,20 +3,22 @@
 import copy
 import json
 import re
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from toy import distances, one_stage, train_on_mixture
+from toy import MLP, distances, one_stage, train_on_mixture
 
-from custom_model import TIME_SAMPLINGS, create_custom_model
+from custom_model import TIME_SAMPLINGS, CustomGenerativeModel, CustomScheduler, create_custom_model
 from src.evaluation.report import CITATIONS as SCORES
 from src.objectives import OBJECTIVES, make_objective, options_of, parse_objective, parse_stages
 from src.objectives.contract import Nets
 from src.objectives.critics import augment
 from src.objectives.rollout import roll_out
+from src.training import engine
 from src.training.data import load_images
 from src.training.engine import CITATIONS as TRAINING
 from src.training.engine import Loss, Recipe, Training, accumulate_gradient, plan, train
@@ -115,6 +117,46 @@ def test_engine_trains_every_weight(model):
     training.step()
     after = [p for net in nets for p in net.parameters()]
     assert all((a != b).any() for a, b in zip(before, after, strict=True))
+
+
+def test_a_step_never_waits_for_its_device_nor_mixes_devices(name, monkeypatch):
+    """On the meta device, which has shapes and no numbers: reading one, or joining tensors of two devices, fails."""
+    if name == "reflow":
+        pytest.skip("its pairs are numbers")
+    model = create_custom_model(
+        objective="rectified_flow", use_additional_condition=True, unet="small", image_size=32
+    ).to("meta")
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **options: adamw(*args, foreach=True, **options))
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # there is none for meta
+    stages = plan([(name, 1.0)], lambda name: make_objective(name, model.scheduler), 2)
+    training = Training(model, np.zeros((32, 3, 32, 32), np.uint8), Recipe(batch_size=8), stages)
+    logs, norm = training.step()
+    assert {tensor.device.type for tensors in logs.values() for tensor in tensors} == {norm.device.type} == {"meta"}
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        norm.item()  # what such a wait would meet
+
+
+@pytest.mark.parametrize(
+    ("name", "programs"), [("shortcut", 1), ("alpha_flow", 1), ("adversarial/critic=conv/augmented=false", 6)]
+)
+def test_a_stage_compiles_at_its_first_step_alone(name, programs, monkeypatch):
+    """Each program costs a GPU many seconds: none may depend on how many rows a step happens to draw."""
+    model = CustomGenerativeModel(MLP(use_additional_condition=True), CustomScheduler(1000), objective="rectified_flow")
+    compiled = torch._dynamo.utils.counters["stats"]
+    monkeypatch.setattr(engine, "can_compile", lambda device: True)
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="eager"))
+    torch._dynamo.reset()
+    stages = plan([("rectified_flow", 0.2), (name, 0.8)], lambda name: make_objective(name, model.scheduler), 10)
+    training = Training(model, np.zeros((64, 1, 1, 2), np.uint8), Recipe(batch_size=16), stages)
+    counts = []
+    for _ in range(10):
+        training.step()
+        counts.append(compiled["unique_graphs"])
+    torch._dynamo.reset()
+    assert 0 < counts[0] == counts[1]  # a rectified flow
+    assert counts[2] == counts[-1] == counts[1] + programs
 
 
 def test_loss_is_a_function_of_its_draw(model):

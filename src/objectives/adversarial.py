@@ -20,7 +20,7 @@ class Adversarial(Objective):
 
     A jump is one of the seven that NFE 1, 2 and 4 take, from the student's own state there. The penalties are finite
     differences (D(x) - D(x + step z))^2 / step^2 (arXiv:2511.22475) on every fourth sample. An anchor holds the jump
-    near that of the model the stage began with, and lets go. Student and critic are without dropout, D in float32.
+    near that of the model the stage began with, and lets go. Student and critic are without dropout.
 
     Args:
         critic: "encoder", the way down of the stage's first model, or "conv", a small net from scratch.
@@ -76,7 +76,7 @@ class Adversarial(Objective):
         with torch.no_grad(), eval_mode(nets.teacher):
             anchor = nets.teacher.velocity(x_t, t, s)
         real, fake_seen = self._seen(data, fake, s, draw)
-        gap = _judge(nets.critic, real, s) - _judge(nets.critic, fake_seen, s)
+        gap = nets.critic(real, s) - nets.critic(fake_seen, s)
         held = squared_error(u, anchor)
         weight = self.anchor * (self.anchor_end / self.anchor) ** progress
         adversarial = F.softplus(gap)
@@ -88,19 +88,19 @@ class Adversarial(Objective):
         with torch.no_grad(), eval_mode(nets.student):
             x_t, t, s = roll_out(nets.student, noise, draw["nfe"], draw["position"])
             real, fake = self._seen(data, nets.student.jump(x_t, t, s), s, draw)
-        judged = _judge(nets.critic, real, s), _judge(nets.critic, fake, s)
-        loss = F.softplus(judged[1] - judged[0])
+        d_real, d_fake = nets.critic(torch.cat([real, fake]), s.repeat(2)).chunk(2)
+        loss = F.softplus(d_fake - d_real)
         rows = draw["penalised"].nonzero().squeeze(1).to(data.device, non_blocking=True)
         step = draw["step"].to(data.device, non_blocking=True)[rows]
         steepness = loss.new_zeros(0)
         if len(rows):
-            changes = [
-                _judge(nets.critic, x[rows] + step, s[rows]) - d[rows]
-                for x, d in zip((real, fake), judged, strict=True)
-            ]
-            steepness = sum((change / self.STEP).square() for change in changes)
+            x = torch.cat([real[rows], fake[rows]])
+            moved = x + torch.cat([step, step])
+            with torch.autocast(data.device.type, enabled=False):  # bfloat16 would round the differences away
+                before, after = nets.critic(torch.cat([x, moved]), s[rows].repeat(4)).chunk(2)
+            steepness = ((after - before) / self.STEP).square().reshape(2, -1).sum(0)
             loss = loss.index_add(0, rows, 4 * self.gamma / 2 * steepness)  # of every fourth
-        right = (judged[0] > judged[1]).float()
+        right = (d_real > d_fake).float()
         return loss, {"loss_critic": loss.detach(), "critic_right": right, "critic_steepness": steepness.detach()}
 
     def _seen(self, data: Tensor, fake: Tensor, s: Tensor, draw: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -110,8 +110,3 @@ class Adversarial(Objective):
             return real, fake
         drawn = draw["augmentation"].to(data.device, non_blocking=True)
         return augment(real, drawn), augment(fake, drawn)
-
-
-def _judge(critic: nn.Module, x: Tensor, s: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round the penalties' differences away
-        return critic(x.float(), s)

@@ -1,4 +1,4 @@
-"""Critics of samples x_s at their noise level s: [B, C, H, W] and [B] -> one number a sample, [B]."""
+"""Critics of samples x_s at their noise level s: [B, C, H, W] and [B] -> one number a sample, [B], in float32."""
 
 import copy
 import math
@@ -38,7 +38,7 @@ class ConvCritic(nn.Module):
             h = block(h)
             if i < self.halvings:
                 h = F.avg_pool2d(h, 2)
-        return self.tail(F.leaky_relu(h, 0.2).flatten(1)).squeeze(1)
+        return (F.leaky_relu(h, 0.2).flatten(1) * self.tail.weight).sum(1)  # no product that autocast would round
 
 
 class _Block(nn.Module):
@@ -99,7 +99,7 @@ class EncoderCritic(nn.Module):
             h = layer(h, temb)
         for layer in network.middleblocks:
             h = layer(h, temb)
-        return sum(head(f).mean(dim=(1, 2, 3)) for head, f in zip(self.heads, [*features, h], strict=True))
+        return sum(head(f).float().mean(dim=(1, 2, 3)) for head, f in zip(self.heads, [*features, h], strict=True))
 
 
 def augment(x: Tensor, draw: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ def roll_out(model, noise: Tensor, nfe: Tensor, position: Tensor) -> tuple[Tenso
     times = sampler_times(model.scheduler, nfe)
     on_device = times.to(noise.device, non_blocking=True)
     x = noise.clone()
-    with eval_mode(model):
+    # Uncompiled: each number of rows would be another program.
+    with eval_mode(model), torch.compiler.set_stance("force_eager"):
         for i in range(int(position.max())):
             rows = (position > i).nonzero().squeeze(1).to(noise.device, non_blocking=True)
             x[rows] = model.jump(x[rows], on_device[rows, i], on_device[rows, i + 1])

@@ -169,7 +169,9 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile's GPU code generator has what it needs: a chip since Volta, Triton, a C compiler."""
+    """Whether the device is a GPU that torch.compile serves: a chip since Volta, with Triton and a C compiler."""
+    if device.type != "cuda":
+        return False
     compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
     return torch.cuda.get_device_capability(device) >= (7, 0) and find_spec("triton") is not None and compiler
 
@@ -262,8 +264,8 @@ class Training:
         if on_gpu:  # slower on CPUs
             model.network.to(memory_format=torch.channels_last)
             torch.backends.cudnn.benchmark = True
-            torch.backends.cudnn.allow_tf32 = False  # what is not in bfloat16 needs its digits: slopes, differences
-        self.compiling = on_gpu and can_compile(model.device)
+            torch.set_float32_matmul_precision("high")  # TF32, as convolutions: what is not in bfloat16 gets by with it
+        self.compiling = can_compile(model.device)
         if self.compiling:  # one network's code runs as student, average, teacher, critic, with and without gradient
             torch._dynamo.config.cache_size_limit = 64
         self.ema, self.power_ema = EMA(model, recipe.ema_decay), PowerEMA(model)
