@@ -28,14 +28,14 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(step, steps: int, batch_size: int, device: torch.device) -> float:
-    """Images a second of `steps` calls."""
+def seconds(step, steps: int, device: torch.device) -> float:
+    """That `steps` calls take."""
     synchronise(device)
     began = time.perf_counter()
     for _ in range(steps):
         step()
     synchronise(device)
-    return steps * batch_size / (time.perf_counter() - began)
+    return time.perf_counter() - began
 
 
 def plain_loop(args, device: torch.device):
@@ -70,7 +70,7 @@ def matrix_rate(device: torch.device) -> float:
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     (a @ b).sum().item()
-    return max(2 * n**3 * timed(lambda: a @ b, 10, 1, device) for _ in range(5))
+    return 10 * 2 * n**3 / min(seconds(lambda: a @ b, 10, device) for _ in range(5))
 
 
 def main() -> None:
@@ -87,14 +87,13 @@ def main() -> None:
 
     speeds = {"plain": [], "engine": []}
     steps = {"plain": plain_loop(args, device), "engine": engine(args, device)}
-    for step in tqdm(steps.values(), desc="warming up"):
-        timed(step, 3, args.batch_size, device)
+    warm_up = {name: seconds(step, 3, device) for name, step in tqdm(steps.items(), desc="warming up")}
     peak = {}
     for _ in tqdm(range(args.rounds), desc="rounds"):
         for name, step in steps.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            speeds[name].append(timed(step, args.steps, args.batch_size, device))
+            speeds[name].append(args.steps * args.batch_size / seconds(step, args.steps, device))
             if device.type == "cuda":
                 peak[name] = torch.cuda.max_memory_allocated(device) / 1e9
 
@@ -105,7 +104,8 @@ def main() -> None:
         achieved = statistics.median(values) * TRAINING_FLOP
         memory = f", peak memory with the other loop's weights {peak[name]:.1f} GB" if peak else ""
         print(f"{name:>7}: {statistics.median(values):.2f} images/s (min {min(values):.2f}, max {max(values):.2f}), "
-              f"{achieved / 1e12:.2f} TFLOP/s, {100 * achieved / rate:.0f} % of the matrix rate{memory}")  # fmt: skip
+              f"{achieved / 1e12:.2f} TFLOP/s, {100 * achieved / rate:.0f} % of the matrix rate{memory}; "
+              f"its first 3 steps, compiling included: {warm_up[name]:.1f} s")  # fmt: skip
     ratios = [ours / theirs for ours, theirs in zip(speeds["engine"], speeds["plain"], strict=True)]
     print(f"  ratio: {statistics.median(ratios):.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})")
     print(f" matrix: {rate / 1e12:.2f} TFLOP/s in bf16")

@@ -182,9 +182,12 @@ def test_page_works_in_a_browser(runs, faces, tiny_network, script_env):
 
 def test_comparison_and_ablation(runs, faces, tiny_network, script_env):
     flags = ["--data_root", faces, "--split_dir", faces, "--features", tiny_network, "--samples", "16", "--seeds", "2"]
-    result = evaluation(runs, script_env, "compare", "run1", "run1/final_model.pt", "run2", *flags, "--out", "compared")
+    command = ["compare", "run1", "run1/final_model.pt", "run2", *flags, "--nfe", "3", "1", "--out", "compared"]
+    result = evaluation(runs, script_env, *command)
     assert result.returncode == 0, result.stderr
-    found = json.loads((runs / "compared/comparison.json").read_text())["nfe"]["1"]
+    content = json.loads((runs / "compared/comparison.json").read_text())
+    assert list(content["nfe"]) == ["1", "3"] and content["floor"] > 0
+    found = content["nfe"]["1"]
     assert found["run1/final_model.pt"]["difference"] == [0, 0] and found["run2"]["difference"][0] != 0
     assert (runs / "compared/comparison.png").stat().st_size > 1000
     assert "| run2 |" in result.stdout and "| run2 |" in (runs / "compared/comparison.md").read_text()
@@ -235,7 +238,8 @@ def test_speed_counts_the_network_calls(runs, script_env):
         (["compare", "run1", "absent"], "no checkpoint at absent"),
         (["compare", "run1", "run1"], "name at least two different runs"),
         (["compare", "run1", "run2", "--seeds", "1"], "--seeds must be at least 2"),
-        (["report", "--checkpoint", "run1/final_model.pt", "--sweep", "0"], "at least 1, got [0]"),
+        (["report", "--checkpoint", "run1/final_model.pt", "--sweep", "0"], "at least 1 network call, not 0"),
+        (["compare", "run1", "run2", "--nfe", "4", "-1"], "at least 1 network call, not -1"),
         (["ablate", "--change", "fast"], "not of the form name:flag=value"),
         (["report", "--checkpoint", "run1/final_model.pt", "--samples", "3"], "--samples must be at least 16"),
     ],

@@ -9,6 +9,7 @@ from src.evaluation.distances import frechet_distance
 from src.evaluation.features import folder_features, load_features, official_inception
 from src.evaluation.reference import image_files, write_reference
 from src.evaluation.report import SWEEP, report
+from src.evaluation.scoring import NFES
 from src.evaluation.speed import speed
 from src.evaluation.time_grid import choose_grids
 from src.images import DATA_ROOT, read_rgb, split_paths, to_pixels
@@ -48,6 +49,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
 
 
+def add_comparison_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nfe", type=int, nargs="+", default=NFES, help="numbers of network calls to compare at")
+    add_model_flags(parser)
+
+
 def main() -> None:
     root = argparse.ArgumentParser(prog="python -m src.evaluation")
     commands = root.add_subparsers(required=True, metavar="command")
@@ -71,11 +77,11 @@ def main() -> None:
 
     parser = command("compare", compare, "models' differences on common noise")
     parser.add_argument("runs", nargs="+", help="checkpoints, or folders of finished runs; the first is the base")
-    add_model_flags(parser)
+    add_comparison_flags(parser)
 
     parser = command("ablate", ablate, "train a base and single changes of it, and compare; train.py's flags after --")
     parser.add_argument("--change", action="append", required=True, metavar="NAME:FLAG=VALUE")
-    add_model_flags(parser)
+    add_comparison_flags(parser)
 
     parser = command("speed", speed, "what a sample costs")
     parser.add_argument("--checkpoint", required=True)

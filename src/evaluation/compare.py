@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 import matplotlib
-import numpy as np
+from tqdm import tqdm
 
 from src.evaluation.distances import frechet_distance
 from src.evaluation.features import load_features, official_inception
 from src.evaluation.intervals import mean_interval
 from src.evaluation.report import Data, Model, check_counts
-from src.evaluation.scoring import NFES
+from src.evaluation.scoring import evenly
 from src.utils import UserError, pick_device, replacing, run_to_the_end, write_json
 
 matplotlib.use("Agg")
@@ -49,7 +49,7 @@ def differences(distances: dict[str, list[float]]) -> dict[str, dict]:
 
 def compare(args: argparse.Namespace) -> None:
     """Carry out `python -m src.evaluation compare`, whose flags `args` holds."""
-    check_counts(args)
+    check_counts(args, args.nfe)
     if len(set(args.runs)) < max(2, len(args.runs)):
         raise UserError("name at least two different runs")
     write_comparison({run: checkpoint_of(run) for run in args.runs}, args)
@@ -57,7 +57,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def ablate(args: argparse.Namespace) -> None:
     """Carry out `python -m src.evaluation ablate`: train the base and each change, then compare them."""
-    check_counts(args)
+    check_counts(args, args.nfe)
     load_features(args.features or official_inception(), pick_device(args.device))  # before hours of training
     changes: dict[str, list[str]] = {"base": []}
     for change in args.change:
@@ -81,9 +81,13 @@ def write_comparison(checkpoints: dict[str, Path], args: argparse.Namespace) -> 
     sizes = {model.net.image_size for model in models.values()}
     if len(sizes) > 1:
         raise UserError(f"the models make images of different sizes ({sorted(sizes)}): they cannot be compared")
-    real = Data(args.data_root, args.split_dir, "val", sizes.pop(), features, device).features
-    content = {"distance": features.distance, "samples": args.samples, "seeds": args.seeds, "nfe": {}}
-    for nfe in NFES:
+    size = sizes.pop()
+    seen, real = (
+        Data(args.data_root, args.split_dir, split, size, features, device).features for split in ("train", "val")
+    )
+    floor = frechet_distance(seen[evenly(len(seen), args.samples)], real)
+    content = {"distance": features.distance, "samples": args.samples, "seeds": args.seeds, "floor": floor, "nfe": {}}
+    for nfe in tqdm(sorted(set(args.nfe)), desc="NFE"):
         found = {
             name: [frechet_distance(model.embedded(nfe, seed), real) for seed in range(args.seeds)]
             for name, model in models.items()
@@ -92,10 +96,10 @@ def write_comparison(checkpoints: dict[str, Path], args: argparse.Namespace) -> 
 
     lines = [
         f"{features.distance}, {args.samples} samples, {args.seeds} common sampling seeds; difference to "
-        f"{next(iter(models))} (± half the 95 % interval), * where it exceeds noise",
+        f"{next(iter(models))} (± half the 95 % interval), * where it exceeds noise; training images: {floor:.2f}",
         "",
-        "| | " + " | ".join(f"NFE {nfe} | difference" for nfe in NFES) + " |",
-        "|---" * (1 + 2 * len(NFES)) + "|",
+        "| | " + " | ".join(f"NFE {nfe} | difference" for nfe in content["nfe"]) + " |",
+        "|---" * (1 + 2 * len(content["nfe"])) + "|",
     ]
     for i, name in enumerate(models):
         cells = []
@@ -114,16 +118,21 @@ def write_comparison(checkpoints: dict[str, Path], args: argparse.Namespace) -> 
 
 
 def _plot(content: dict, names: list[str], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.5 * len(names)), constrained_layout=True)
-    rows = np.arange(len(names))
-    for i, (nfe, found) in enumerate(content["nfe"].items()):
-        means, halves = zip(*(found[name]["distance"] for name in names), strict=True)
-        axes.errorbar(means, rows + 0.15 * (i - 1), xerr=halves, fmt="o", capsize=3, label=f"NFE {nfe}")
-    axes.set_yticks(rows, names)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"{content['distance']} (mean and 95 % interval over sampling seeds)")
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    nfes = [int(nfe) for nfe in content["nfe"]]
+    for name in names:
+        means, halves = zip(*(found[name]["distance"] for found in content["nfe"].values()), strict=True)
+        axes.errorbar(nfes, means, yerr=halves, fmt="o-", capsize=3, label=name)
+    axes.axhline(content["floor"], color="grey", linestyle="--", label="training images")
+    axes.set(xscale="log", yscale="log", xlabel="network calls an image (NFE)")
+    axes.set_ylabel(f"{content['distance']} (mean and 95 % interval over sampling seeds)", fontsize="small")
+    axes.set_xticks(nfes, nfes)
+    axes.minorticks_off()
+    ticks = [tick for scale in (0.1, 1, 10, 100) for tick in (scale, 2 * scale, 5 * scale)]
+    axes.set_yticks([tick for tick in ticks if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]])
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)

@@ -74,12 +74,14 @@ def flattened(pixels: np.ndarray) -> np.ndarray:
     return pixels.reshape(len(pixels), -1).astype(np.float32) / 255
 
 
-def check_counts(args) -> None:
-    """UserError for numbers of samples and seeds that give no distances or no intervals."""
+def check_counts(args, nfes: list[int]) -> None:
+    """UserError for numbers of samples, seeds and network calls that give no distances or no intervals."""
     if args.samples < 16:
         raise UserError(f"--samples must be at least 16, got {args.samples}")
     if args.seeds < 2:
         raise UserError(f"--seeds must be at least 2, got {args.seeds}: one seed has no interval")
+    if any(nfe < 1 for nfe in nfes):
+        raise UserError(f"an image takes at least 1 network call, not {min(nfes)}")
 
 
 def scores(model: Model, nfe: int, seeds: int, real: np.ndarray) -> dict:
@@ -105,9 +107,7 @@ def scores(model: Model, nfe: int, seeds: int, real: np.ndarray) -> dict:
 
 def report(args) -> None:
     """Carry out `python -m src.evaluation report`, whose flags `args` holds."""
-    check_counts(args)
-    if any(nfe < 1 for nfe in args.sweep):
-        raise UserError(f"--sweep holds numbers of network calls, at least 1, got {args.sweep}")
+    check_counts(args, args.sweep)
     device = pick_device(args.device)
     features = load_features(args.features or official_inception(), device)
     model = Model(args.checkpoint, features, device, args.samples)
