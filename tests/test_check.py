@@ -343,19 +343,14 @@ def brief(monkeypatch):
     monkeypatch.setattr(pack, "Submission", partial(checking.Submission, nfes=(1,), samples=2))
 
 
+def subject(project: Path, written: Path | None = Path("writeup.pdf")) -> checking.Subject:
+    return checking.Subject(project, contents.TARGET, written, project / "data", project / "data", "cpu")
+
+
 def lines(project: Path, tmp_path: Path, monkeypatch, checks) -> dict[str, checking.Line]:
     monkeypatch.chdir(project)
     monkeypatch.setattr(pack, "CHECKS", checks)
-    _, found = pack.check(
-        project,
-        tmp_path / "check",
-        "team",
-        contents.TARGET,
-        Path("writeup.pdf"),
-        project / "data",
-        project / "data",
-        "cpu",
-    )
+    _, found = pack.check(subject(project), tmp_path / "check", "team")
     return {line.name: line for line in found}
 
 
@@ -365,7 +360,8 @@ def tiny_picture(path: Path) -> None:
 
 def provenance_known(submission):
     """In the place of `model`, for checks that run nothing."""
-    unknown = [{"objective": "unknown", "steps": 0, "citations": []}] if (submission.root / "unknown").exists() else []
+    spoilt = (submission.subject.root / "unknown").exists()
+    unknown = [{"objective": "unknown", "steps": 0, "citations": []}] if spoilt else []
     submission.facts = {"provenance": {**PROVENANCE, "stages": STAGES + unknown}}
     return iter(())
 
@@ -394,8 +390,7 @@ def test_a_sound_submission_is_packed_and_proven(project, tmp_path, monkeypatch,
     monkeypatch.chdir(project)
     monkeypatch.setattr(pack, "Submission", partial(checking.Submission, samples=2))
     out = tmp_path / "out/submission.zip"
-    settings = (contents.TARGET, Path("writeup.pdf"), project / "data", project / "data", "cpu")
-    pack.pack(project, "team-7", out, *settings)
+    pack.pack(subject(project), "team-7", out)
     printed = capsys.readouterr().out
     assert "FAIL" not in printed and "it sampled two images" in printed
 
@@ -409,7 +404,7 @@ def test_a_sound_submission_is_packed_and_proven(project, tmp_path, monkeypatch,
     assert all(contents.sha256(tree / name) == entry["sha256"] for name, entry in manifest["files"].items())
     # The checks leave nothing in what is packed, and without them the zip is the same.
     monkeypatch.setattr(pack, "CHECKS", ())
-    pack.pack(project, "team-7", tmp_path / "again.zip", *settings)
+    pack.pack(subject(project), "team-7", tmp_path / "again.zip")
     assert (tmp_path / "again.zip").read_bytes() == out.read_bytes()
 
 
@@ -417,11 +412,10 @@ def test_nothing_is_packed_when_a_check_fails(project, tmp_path, monkeypatch):
     monkeypatch.chdir(project)
     (project / contents.CONFIG).unlink()
     monkeypatch.setattr(pack, "CHECKS", (checking.files,))
-    settings = (contents.TARGET, None, project / "data", project / "data", "cpu")
     with pytest.raises(UserError, match="nothing packed: files failed"):
-        pack.pack(project, "team", tmp_path / "out.zip", *settings)
+        pack.pack(subject(project, None), "team", tmp_path / "out.zip")
     with pytest.raises(UserError, match="--team 'a/b'"):
-        pack.pack(project, "a/b", tmp_path / "out.zip", *settings)
+        pack.pack(subject(project, None), "a/b", tmp_path / "out.zip")
     assert not (tmp_path / "out.zip").exists()
 
 

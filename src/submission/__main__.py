@@ -7,6 +7,7 @@ from pathlib import Path
 from src.images import DATA_ROOT
 from src.submission import pack as packing
 from src.submission.base_code import MANIFEST, bring
+from src.submission.check import Subject
 from src.training.export import DTYPES, TARGET, export
 from src.utils import UserError, one_line_errors, pick_device
 
@@ -21,20 +22,15 @@ def export_run(args: argparse.Namespace) -> None:
     print(f"{source} is now {args.out} ({args.dtype}), with its model_config.json beside it")
 
 
-def subject(args: argparse.Namespace) -> dict:
-    return {
-        "root": Path.cwd(),
-        "checkpoint": args.checkpoint,
-        "written": args.writeup or (Path("writeup/writeup.pdf") if args.final else None),
-        "data_root": args.data_root.resolve(),
-        "split_dir": args.split_dir.resolve(),
-        "device": str(pick_device(args.device)),
-    }
+def subject(args: argparse.Namespace) -> Subject:
+    written = args.writeup or (Path("writeup/writeup.pdf") if args.final else None)
+    data = args.data_root.resolve(), args.split_dir.resolve()
+    return Subject(Path.cwd(), args.checkpoint, written, *data, str(pick_device(args.device)))
 
 
 def check(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        _, lines = packing.check(folder=Path(temporary), team="submission", **subject(args))
+        _, lines = packing.check(subject(args), Path(temporary), "submission")
     counts = {verdict: sum(line.verdict == verdict for line in lines) for verdict in ("pass", "unproven", "FAIL")}
     print(f"{counts['pass']} passed, {counts['unproven']} unproven, {counts['FAIL']} failed")
     if counts["FAIL"]:
@@ -42,7 +38,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def pack(args: argparse.Namespace) -> None:
-    packing.pack(team=args.team, out=args.out, **subject(args))
+    packing.pack(subject(args), args.team, args.out)
 
 
 def main() -> None:

@@ -48,23 +48,30 @@ def unproven(name: str, told: str) -> Line:
     return Line("unproven", name, told)
 
 
-@dataclass
-class Submission:
-    """A submission laid out in `tree`, taken from the project `root`; scripts run in a copy of it below `work`."""
+class Subject(NamedTuple):
+    """What is handed in, and what it is checked with."""
 
-    root: Path
-    tree: Path
-    work: Path
-    official: bool  # are the frozen files the official ones?
-    final: bool
+    root: Path  # the project
+    checkpoint: Path
+    written: Path | None  # the write-up of a final submission; None: a mid-term one
     data_root: Path
     split_dir: Path
     device: str
+
+
+@dataclass
+class Submission:
+    """A submission laid out in `tree`; scripts run in a copy of it below `work`."""
+
+    subject: Subject
+    tree: Path
+    work: Path
+    official: bool  # are the frozen files the official ones?
     nfes: tuple[int, ...] = NFES
     samples: int = 4  # for each NFE
 
     def __post_init__(self):
-        requirements = self.root / "requirements.txt"
+        requirements = self.subject.root / "requirements.txt"
         self.pins = environment.pins(requirements) if requirements.is_file() else {}
         self.provided = environment.provided_modules(self.pins)
         self.facts: dict = {}  # what the probe saw
@@ -107,7 +114,7 @@ def files(s: Submission) -> Iterator[Line]:
 
 
 def frozen(s: Submission) -> Iterator[Line]:
-    if altered := altered_files(s.root):
+    if altered := altered_files(s.subject.root):
         remedy = f"git checkout -- {' '.join(altered)}"
         if any(name.startswith("data/") for name in altered):
             remedy = "python -m src.submission base-code brings the official splits; git checkout undoes the rest"
@@ -157,10 +164,10 @@ def size(s: Submission) -> Iterator[Line]:
 
 def model(s: Submission) -> Iterator[Line]:
     """The checkpoint, its config, its network, and the sampler, all seen by the probe."""
-    loader, whose = (s.root / "base_code", "the official") if s.official else (s.tree, "our")
+    loader, whose = (s.subject.root / "base_code", "the official") if s.official else (s.tree, "our")
     s.facts, _ = s.probe(
         "inspect", "sample", loader=str((loader / LOADER).resolve()), checkpoint=str(TARGET), config=str(CONFIG),
-        device=s.device, samples=s.samples, nfes=s.nfes, save_dir=str(s.drawn),
+        device=s.subject.device, samples=s.samples, nfes=s.nfes, save_dir=str(s.drawn),
     )  # fmt: skip
     facts = s.facts
     reason = _reason(facts.get("inspect failed") or facts.get("died", ""))
@@ -234,7 +241,7 @@ def images(s: Submission) -> Iterator[Line]:
         return
     yield passed("images", f"{len(drawn)} images, 64x64 RGB, none of one colour, no two of one NFE alike")
     try:
-        paths = split_paths(s.data_root, "train", s.split_dir)
+        paths = split_paths(s.subject.data_root, "train", s.subject.split_dir)
     except UserError as error:
         yield unproven("not copied", f"no training images to compare with: {error}")
         return
@@ -254,7 +261,7 @@ def evaluation(s: Submission) -> Iterator[Line]:
         yield unproven("measure_fid", f"no Inception network at {OFFICIAL}: python measure_fid.py fetches it")
         return
     try:
-        val = split_paths(s.data_root, "val", s.tree / "data")
+        val = split_paths(s.subject.data_root, "val", s.tree / "data")
     except UserError as error:
         yield unproven("measure_fid", f"no official validation images: {error}")
         return
@@ -263,7 +270,7 @@ def evaluation(s: Submission) -> Iterator[Line]:
     for path in val[:64]:  # enough to see that it runs
         tensor_to_pil_image(to_pixels(64)(read_rgb(path))).save(reference / path.name)
     flags = ["--generated_dir", str(s.drawn / f"nfe={s.nfes[-1]}"), "--reference_dir", str(reference)]
-    flags += ["--data_root", str(s.data_root), "--device", s.device]
+    flags += ["--data_root", str(s.subject.data_root), "--device", s.subject.device]
     facts, printed = s.probe("run", command=["measure_fid.py", *flags, "--output_path", str(s.work / "fid.json")])
     score = next((line for line in printed.splitlines() if line.startswith("FID Score: ")), None)
     if score is None:
@@ -275,7 +282,7 @@ def evaluation(s: Submission) -> Iterator[Line]:
 def training(s: Submission) -> Iterator[Line]:
     faces, run = s.work / "faces", s.work / "trained"
     write_dataset(faces, train=8, val=4, size=64)
-    flags = ["--data_root", str(faces), "--split_dir", str(faces), "--save_dir", str(run), "--device", s.device]
+    flags = ["--data_root", str(faces), "--split_dir", str(faces), "--save_dir", str(run), "--device", s.subject.device]
     facts, _ = s.probe("run", command=["train.py", *flags, "--num_iterations", "1", "--batch_size", "2"])
     left = [name for name in ("final_model.pt", "last.ckpt", "model_config.json") if not (run / name).is_file()]
     if facts or left:
@@ -287,7 +294,7 @@ def training(s: Submission) -> Iterator[Line]:
 
 def report(s: Submission) -> Iterator[Line]:
     """The write-up and the samples of a final submission."""
-    if not s.final:
+    if not s.subject.written:
         return
     short = [f"samples/nfe={nfe}" for nfe in NFES if len(list((s.tree / f"samples/nfe={nfe}").glob("*.png"))) < 8]
     dated = [path.stat().st_mtime for nfe in NFES for path in (s.tree / f"samples/nfe={nfe}").glob("*.png")]
@@ -318,7 +325,7 @@ def report(s: Submission) -> Iterator[Line]:
         yield failed("write-up", f"cannot be judged without {error.name}: pip install -r requirements-dev.txt")
         return
     cited = s.facts.get("provenance", {})
-    for name, fault, told in writeup.judge(s.tree / WRITEUP, s.root / "references.bib", cited):
+    for name, fault, told in writeup.judge(s.tree / WRITEUP, s.subject.root / "references.bib", cited):
         yield failed(name, fault) if fault else passed(name, told)
 
 

@@ -8,27 +8,18 @@ from pathlib import Path
 
 from PIL import Image
 
-from src.submission.check import CHECKS, Line, Submission
+from src.submission.check import CHECKS, Line, Subject, Submission
 from src.submission.contents import lay_out, write_manifest
 from src.training.export import TARGET
 from src.utils import UserError, replacing
 
 
-def check(
-    root: Path,
-    folder: Path,
-    team: str,
-    checkpoint: Path,
-    written: Path | None,
-    data_root: Path,
-    split_dir: Path,
-    device: str,
-) -> tuple[Submission, list[Line]]:
+def check(subject: Subject, folder: Path, team: str) -> tuple[Submission, list[Line]]:
     """Lay the submission out below `folder` and carry out every check, printing each line as soon as it is known."""
     tree, work = folder / "laid-out" / team, folder / "work"
     work.mkdir(parents=True)
-    official = lay_out(root, tree, checkpoint, written)
-    submission = Submission(root, tree, work, official, written is not None, data_root, split_dir, device)
+    official = lay_out(subject.root, tree, subject.checkpoint, subject.written)
+    submission = Submission(subject, tree, work, official)
     lines = []
     for one in CHECKS:
         for line in one(submission):
@@ -37,16 +28,7 @@ def check(
     return submission, lines
 
 
-def pack(
-    root: Path,
-    team: str,
-    out: Path,
-    checkpoint: Path,
-    written: Path | None,
-    data_root: Path,
-    split_dir: Path,
-    device: str,
-) -> None:
+def pack(subject: Subject, team: str, out: Path) -> None:
     """Check, then write `out`, whose one folder is named after the team.
 
     Raises: UserError if a check fails, naming it, or the unpacked zip does not sample; then nothing is written.
@@ -54,10 +36,10 @@ def pack(
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", team):
         raise UserError(f"--team {team!r}: letters, digits, '-', '_' and '.' alone, for it names a folder")
     with tempfile.TemporaryDirectory() as temporary:
-        submission, lines = check(root, Path(temporary), team, checkpoint, written, data_root, split_dir, device)
+        submission, lines = check(subject, Path(temporary), team)
         if bad := [line.name for line in lines if line.verdict == "FAIL"]:
             raise UserError(f"nothing packed: {', '.join(bad)} failed, with their remedies above")
-        kind = "final" if written else "mid-term"
+        kind = "final" if subject.written else "mid-term"
         write_manifest(submission.tree, team=team, kind=kind, official_files=submission.official)
         with replacing(out) as partial:
             write_zip(submission.tree, partial)
@@ -84,7 +66,7 @@ def prove(submission: Submission, archive: Path, folder: Path) -> None:
         packed.extractall(folder / "unpacked")
     (tree,) = (folder / "unpacked").iterdir()
     unpacked = dataclasses.replace(submission, tree=tree, work=folder)
-    flags = ["--ckpt_path", str(TARGET), "--save_dir", str(unpacked.drawn), "--device", submission.device]
+    flags = ["--ckpt_path", str(TARGET), "--save_dir", str(unpacked.drawn), "--device", submission.subject.device]
     facts, _ = unpacked.probe("run", command=["sampling.py", *flags, "--nfe_list", "4", "--num_samples", "2"])
     images = sorted(unpacked.drawn.rglob("*.png"))
     if facts or len(images) != 2 or any(Image.open(image).size != (64, 64) for image in images):
