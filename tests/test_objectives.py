@@ -4,7 +4,7 @@ import copy
 import json
 import re
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import cache, partial, partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -138,15 +138,20 @@ def test_a_step_never_waits_for_its_device_nor_mixes_devices(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "programs"), [("shortcut", 1), ("alpha_flow", 1), ("adversarial/critic=conv/augmented=false", 6)]
+    ("name", "programs"),
+    [
+        ("shortcut", 1),
+        ("alpha_flow", 1),
+        ("adversarial/critic=conv/augmented=false", 6),
+        ("distribution_matching", 3),
+    ],
 )
 def test_a_stage_compiles_at_its_first_step_alone(name, programs, monkeypatch):
     """Each program costs a GPU many seconds: none may depend on how many rows a step happens to draw."""
     model = CustomGenerativeModel(MLP(use_additional_condition=True), CustomScheduler(1000), objective="rectified_flow")
     compiled = torch._dynamo.utils.counters["stats"]
     monkeypatch.setattr(engine, "can_compile", lambda device: True)
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
     torch._dynamo.reset()
     stages = plan([("rectified_flow", 0.2), (name, 0.8)], lambda name: make_objective(name, model.scheduler), 10)
     training = Training(model, np.zeros((64, 1, 1, 2), np.uint8), Recipe(batch_size=16), stages)

@@ -66,7 +66,8 @@ def load_features(path: str | os.PathLike, device: torch.device) -> Features:
 
     def network(x: Tensor) -> Tensor:
         x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)  # on CPUs almost twice as fast
-        return layers(x).flatten(1)
+        with torch.jit.optimized_execution(False):  # on GPUs, profiling and fusing would take seconds for every shape
+            return layers(x).flatten(1)
 
     return Features(network, DISTANCES.get(key, f"FD[{file.stem}]"), key)
 

@@ -1,7 +1,9 @@
 """Scores of a model in memory: what training watches."""
 
 import hashlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -21,9 +23,9 @@ def image_features(images: Sequence[Image.Image], features: Features, device: to
     """Features of RGB images, resized as clean-fid does, [N, D]."""
     resize = build_resizer("clean")
     found = []
-    for start in range(0, len(images), batch_size):
-        pixels = np.stack([resize(np.array(image)) for image in images[start : start + batch_size]])
-        with torch.no_grad():
+    with ThreadPoolExecutor(os.cpu_count()) as pool, torch.no_grad():
+        for start in range(0, len(images), batch_size):
+            pixels = np.stack(list(pool.map(lambda image: resize(np.array(image)), images[start : start + batch_size])))
             found.append(features.network(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)).cpu().numpy())
     return np.concatenate(found)
 

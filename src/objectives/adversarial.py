@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src.objectives.contract import Nets, Objective, eval_mode, squared_error
 from src.objectives.critics import ConvCritic, EncoderCritic, augment
-from src.objectives.rollout import NFES, roll_out
+from src.objectives.rollout import draw_jumps, roll_out
 from src.utils import UserError
 
 
@@ -56,10 +56,10 @@ class Adversarial(Objective):
         return EncoderCritic(model) if self.critic == "encoder" else ConvCritic(shape)
 
     def draw(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        nfe = torch.tensor(NFES)[torch.randint(len(NFES), shape[:1])]
+        nfe, position = draw_jumps(shape[0])
         return {
             "nfe": nfe,
-            "position": (torch.rand(shape[0]) * nfe).floor().long(),
+            "position": position,
             "real_noise": torch.randn(shape),
             "penalised": (torch.arange(shape[0]) + torch.randint(4, ())) % 4 == 0,
             "step": torch.randn(shape) * self.STEP,

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -93,12 +94,22 @@ class Objective:
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluate inside (no dropout), leave every submodule in the mode it was found in."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
         for module in training:
             module.training = True
+
+
+def spread(batch_size: int, share: float) -> Tensor:
+    """True for a share of the rows, [batch_size] on the CPU, spread evenly so that every slice of it costs the same.
+
+    The random offset gives small batches their share.
+    """
+    position = torch.arange(batch_size) * share + torch.rand(())
+    return (position + share).floor() > position.floor()
 
 
 def squared_error(pred: Tensor, target: Tensor) -> Tensor:

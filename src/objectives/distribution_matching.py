@@ -7,8 +7,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from src.objectives.contract import Nets, Objective, eval_mode, squared_error
-from src.objectives.rollout import NFES, roll_out, sampler_times
+from src.objectives.contract import Nets, Objective, eval_mode, spread, squared_error
+from src.objectives.rollout import draw_jumps, roll_out, sampler_times
 
 
 @dataclass(eq=False)
@@ -43,8 +43,8 @@ class DistributionMatching(Objective):
 
     def draw(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         batch_size = shape[0]
-        nfe = torch.tensor(NFES)[torch.randint(len(NFES), (batch_size,))]
-        hold = torch.rand(batch_size) < self.hold
+        nfe = draw_jumps(batch_size)[0]
+        hold = spread(batch_size, self.hold)
         # The four jumps that are not the last: one of NFE 2, three of NFE 4.
         jump = torch.randint(4, (batch_size,))
         nfe = torch.where(hold, torch.where(jump == 3, 2, 4), nfe)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from src.objectives.contract import Nets, Objective, eval_mode, squared_error
+from src.objectives.contract import Nets, Objective, eval_mode, spread, squared_error
 from src.utils import expand_t
 
 
@@ -37,11 +37,8 @@ class JumpRegression(Objective, ABC):
         return error
 
     def draw(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        # The jumps are spread evenly over the batch, so that every slice of it costs the same; the random offset
-        # gives small batches their share.
-        batch_size, share = shape[0], 1 - self.flow
-        position = torch.arange(batch_size) * share + torch.rand(())
-        jumping = (position + share).floor() > position.floor()
+        batch_size = shape[0]
+        jumping = spread(batch_size, 1 - self.flow)
         t, d = self.jumps(batch_size)
         return {
             "t": torch.where(jumping, t, self.scheduler.sample_timesteps(batch_size, "cpu")),

@@ -6,6 +6,18 @@ from torch import Tensor
 from src.objectives.contract import eval_mode
 
 NFES = (1, 2, 4)  # the challenge's
+# Each NFE as often as the others, and each of its jumps; rows that lie four apart differ in NFE.
+DRAWN = [(nfe, i * nfe // 4) for nfe in NFES for i in range(4)]
+
+
+def draw_jumps(batch_size: int) -> tuple[Tensor, Tensor]:
+    """NFE and position (from 0) of a jump for each row, [batch_size] on the CPU: spread evenly from a random offset.
+
+    So their numbers hardly change from step to step, or from slice to slice, and GPUs meet few sizes of roll-outs.
+    """
+    rows = (torch.arange(batch_size) + torch.randint(len(DRAWN), ())) % len(DRAWN)
+    nfe, position = torch.tensor(DRAWN)[rows].unbind(1)
+    return nfe, position
 
 
 def sampler_times(scheduler, nfe: Tensor) -> Tensor:

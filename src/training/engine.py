@@ -214,6 +214,8 @@ def global_batch(
         taken = pair[here].numpy()
         for batch, source in zip((noise, data), pairs, strict=True):
             batch[here.to(batch.device)] = torch.from_numpy(source[taken]).to(batch.device, batch.dtype)
+    if data.is_cuda:  # or copying them there would wait for it
+        draw = {name: value.pin_memory() for name, value in draw.items()}
     return data, noise, draw
 
 
@@ -276,8 +278,8 @@ class Training:
 
     def _compile(self, *modules: nn.Module) -> None:
         if self.compiling:  # in place: state-dict keys stay
-            for module in modules:
-                module.compile()
+            for module in modules:  # every shape of a step is fixed
+                module.compile(dynamic=False)
 
     def _begin(self, index: int) -> None:
         """Set up the stage of this index, around the weights that the model has."""
