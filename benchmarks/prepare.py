@@ -20,22 +20,26 @@ from src.images import DATA_ROOT, ensure_root, read_rgb, split_paths, to_pixels
 from src.training.export import export
 from src.utils import UserError, one_line_errors, replacing_folder, tensor_to_pil_image
 
-# What our code imports beyond PyTorch, NumPy, SciPy and Pillow, with what that needs in turn.
-WHEELS = """clean-fid==0.1.35 kagglehub==0.3.13 tqdm matplotlib contourpy cycler fonttools kiwisolver packaging
-    pyparsing
-    python-dateutil six requests urllib3 idna certifi charset-normalizer pyyaml""".split()
+# What our code imports beyond PyTorch, NumPy, SciPy and Pillow, with what that needs in turn. Pinned, because a newer
+# one may need a package that is not here.
+WHEELS = """clean-fid==0.1.35 kagglehub==0.3.13 tqdm==4.70.1 matplotlib==3.11.2 contourpy==1.4.0 cycler==0.12.1
+    fonttools==4.68.0 kiwisolver==1.5.1 packaging==26.3 pyparsing==3.3.3 python-dateutil==2.9.0.post0 six==1.17.0
+    requests==2.34.2 urllib3==2.8.0 idna==3.20 certifi==2026.10.18 charset-normalizer==3.5.2 pyyaml==6.0.3""".split()
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any")
 ENVIRONMENT = """\
 # Begins every step: packages, where the data lies, where evidence goes. OUT is what is brought back.
-if [ -d gpu/wheels ] && ! python3 -c 'import cleanfid, kagglehub, matplotlib, tqdm' 2>/dev/null; then
-  [ -d gpu/site ] || python3 -m pip install -q --no-index --no-deps --no-compile --target gpu/site gpu/wheels/*.whl
-  export PYTHONPATH=gpu/site
+set -e -o pipefail
+needed='import cleanfid.fid, kagglehub, matplotlib.pyplot, scipy.stats, tqdm, PIL.Image'
+if ! python3 -c "$needed" 2>/dev/null; then
+  site=results/site
+  [ -d $site ] || python3 -m pip install -q --no-index --no-deps --no-compile --target $site gpu/wheels/*.whl
+  export PYTHONPATH="$PWD/$site${{PYTHONPATH:+:$PYTHONPATH}}"
+  python3 -c "$needed"
 fi
 FACES="--data_root gpu/faces --split_dir gpu/faces"
 FEATURES="--features gpu/{features}"
 OUT=${{OUT:-results/out}}
-mkdir -p "$OUT"
-set -e -o pipefail
+mkdir -p "$OUT" results
 """
 
 
