@@ -31,11 +31,12 @@ class Adversarial(Objective):
         augmented: whether the critic sees augmented states.
     """
 
-    rate: float = 0.25
+    rate: float = 0.5
+    steady: float = 0.1
     critic: str = "encoder"
     critic_rate: float = 1.25
     critic_steps: int = 1
-    gamma: float = 0.02
+    gamma: float = 0.005
     anchor: float = 1.0
     anchor_end: float = 0.02
     augmented: bool = True

@@ -20,6 +20,7 @@ An objective with a critic also has `make_critic`, and `critic_loss` like `loss`
 optimizer `critic_steps` times before each step of the student.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -47,15 +48,17 @@ class Objective:
 
     Args:
         rate: multiple of the run's learning rate.
+        steady: share of the stage after which the rates, a critic's too, fall with the square root of the step.
     """
 
     scheduler: nn.Module
     rate: float = 1.0
+    steady: float = 1.0
 
     # What options of these names must be, in every objective that has them.
     SHARES = ("flow", "keep", "grid", "real", "hold")
     COUNTS = ("levels", "pairs", "solver_steps", "critic_steps")
-    POSITIVE = ("rate", "critic_rate", "alpha", "q", "clip", "anchor", "anchor_end")
+    POSITIVE = ("rate", "critic_rate", "alpha", "q", "clip", "anchor", "anchor_end", "steady")
 
     needs_condition = True  # does the network embed d?
     needs_teacher = False
@@ -75,6 +78,10 @@ class Objective:
             for field in fields(self):
                 if field.name in names and not fits(getattr(self, field.name)):
                     raise UserError(f"the option {field.name} must {wish}, got {getattr(self, field.name)}")
+
+    def fall(self, progress: float) -> float:
+        """What the rates are multiplied with at this share of the stage."""
+        return math.sqrt(self.steady / max(self.steady, progress))
 
     @classmethod
     def unfold(cls, options: dict) -> list[dict]:

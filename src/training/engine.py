@@ -312,6 +312,11 @@ class Training:
     def stage(self) -> Stage:
         return self.stages[self.index]
 
+    @property
+    def progress(self) -> float:
+        """The share of the stage that is done."""
+        return min(1.0, (self.steps - self.first_step) / self.stage.steps)
+
     def at_end_of_stage(self) -> bool:
         return self.steps == self.first_step + self.stage.steps
 
@@ -328,7 +333,7 @@ class Training:
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
                 self.pairs = load_pairs(self.nets.teacher, self.images.shape[1:], objective, recipe.seed, self.world)
 
-        lr = recipe.learning_rate(self.steps - self.first_step)
+        lr = recipe.learning_rate(self.steps - self.first_step) * objective.fall(self.progress)
         logs = {}
         for i in range(objective.critic_steps):
             critic.requires_grad_(True)
@@ -351,8 +356,7 @@ class Training:
             self.images, stage.objective, recipe.batch_size, recipe.seed, self.steps, world, pairs, stream
         )
         seed_step(recipe.seed, self.steps, stream + 1 + world.rank)  # for dropout
-        progress = min(1.0, (self.steps - self.first_step) / stage.steps)
-        return accumulate_gradient(loss_module, *batch, progress, self.slices, self.bf16, world)
+        return accumulate_gradient(loss_module, *batch, self.progress, self.slices, self.bf16, world)
 
     def _apply(self, optimizer: torch.optim.Optimizer, module: nn.Module, lr: float) -> Tensor:
         for group in optimizer.param_groups:
@@ -431,8 +435,9 @@ def train(
     """
     training = Training(model, images, recipe, stages, world)
     settings = {name: value for name, value in asdict(recipe).items() if name not in FREE}
-    # The steps of a single stage may grow, unless its loss depends on how many there are.
-    fixed = len(stages) > 1 or stages[0].objective.follows_progress
+    # The steps of a single stage may grow, unless its loss or its rates depend on how many there are.
+    first = stages[0].objective
+    fixed = len(stages) > 1 or first.follows_progress or first.steady < 1
     written = [[stage.name, stage.steps] if fixed else [stage.name] for stage in stages]
     identity = {
         "model": model_config,
