@@ -32,7 +32,10 @@ set -e -o pipefail
 needed='import cleanfid.fid, kagglehub, matplotlib.pyplot, scipy.stats, tqdm, PIL.Image'
 if ! python3 -c "$needed" 2>/dev/null; then
   site=results/site
-  [ -d $site ] || python3 -m pip install -q --no-index --no-deps --no-compile --target $site gpu/wheels/*.whl
+  if [ ! -d $site ]; then
+    python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target $site.part gpu/wheels/*.whl
+    mv $site.part $site
+  fi
   export PYTHONPATH="$PWD/$site${{PYTHONPATH:+:$PYTHONPATH}}"
   python3 -c "$needed"
 fi
@@ -83,7 +86,7 @@ def main() -> None:
     parser.add_argument("--split_dir", default="data")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--features", type=Path, required=True, help="TorchScript network to score with")
-    parser.add_argument("--python", help="of the machine with the GPU, for instance 3.12; left out: no wheels")
+    parser.add_argument("--python", help="of the machine with the GPU: tried with 3.12; left out: no wheels")
     parser.add_argument("--start", type=Path, help="checkpoint to go on from")
     parser.add_argument("--out", type=Path, default=Path("gpu"))
     args = parser.parse_args()

@@ -168,7 +168,7 @@ def test_rates_fall_after_their_steady_share_of_the_stage():
     model = CustomGenerativeModel(MLP(use_additional_condition=True), CustomScheduler(1000), objective="rectified_flow")
     name = "adversarial/critic=conv/augmented=false/rate=0.5/critic_rate=2/steady=0.25"
     stages = plan([("rectified_flow", 0.2), (name, 0.8)], lambda name: make_objective(name, model.scheduler), 5)
-    recipe = Recipe(batch_size=16, lr=1e-3, warmup=0)
+    recipe = Recipe(batch_size=16, lr=1e-3, warmup=100)  # which a later stage of four steps has no time for
     training = Training(model, np.zeros((64, 1, 1, 2), np.uint8), recipe, stages)
     found = []
     for _ in range(5):
@@ -176,7 +176,7 @@ def test_rates_fall_after_their_steady_share_of_the_stage():
         critic = training.critic_optimizer.param_groups[0]["lr"] if training.index else None
         found.append((training.lr, critic))
     falls = [1, 1, 2**-0.5, 3**-0.5]
-    assert found[0] == (1e-3, None)
+    assert found[0] == (pytest.approx(1e-5), None)
     assert [lr for lr, _ in found[1:]] == pytest.approx([0.5e-3 * fall for fall in falls])
     assert [lr for _, lr in found[1:]] == pytest.approx([2e-3 * fall for fall in falls])
 

@@ -256,6 +256,7 @@ def test_learning_rate_rises_rests_and_falls():
     recipe = Recipe(lr=1.0, warmup=10, lr_decay_start=100)
     rates = [recipe.learning_rate(step) for step in (0, 4, 9, 50, 100, 400)]
     assert rates == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5])
+    assert recipe.learning_rate(0, most_warmup=5) == pytest.approx(0.2)
 
 
 def test_scores_are_logged_and_the_best_model_kept(small_run):

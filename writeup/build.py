@@ -121,6 +121,7 @@ def stages(runs: list[Path], records: list[dict], methods: str, known: set[str])
             if not stage["citations"]:
                 raise Fault(f"the objective {name} cites nothing: give it `citations`")
             check_keys(stage["citations"], known)
+            falls = ", falling" if stage.get("options", {}).get("steady", 1) < 1 else ""
             if steps:
                 found.append(
                     {
@@ -128,7 +129,7 @@ def stages(runs: list[Path], records: list[dict], methods: str, known: set[str])
                         "options": options.replace("/", ", "),
                         "steps": f"{steps:,}",
                         "images": f"{steps * stage['batch_size']:,}",
-                        "lr": f"{stage['lr']:.2g}",
+                        "lr": f"{stage['lr']:.2g}{falls}",
                         "citations": stage["citations"],
                     }
                 )

@@ -11,7 +11,6 @@ from src.evaluation.distances import frechet_distance
 from src.evaluation.features import load_features, official_inception
 from src.evaluation.intervals import mean_interval
 from src.evaluation.report import Data, Model, check_counts
-from src.evaluation.scoring import evenly
 from src.utils import UserError, pick_device, replacing, run_to_the_end, write_json
 
 matplotlib.use("Agg")
@@ -82,10 +81,9 @@ def write_comparison(checkpoints: dict[str, Path], args: argparse.Namespace) -> 
     if len(sizes) > 1:
         raise UserError(f"the models make images of different sizes ({sorted(sizes)}): they cannot be compared")
     size = sizes.pop()
-    seen, real = (
-        Data(args.data_root, args.split_dir, split, size, features, device).features for split in ("train", "val")
-    )
-    floor = frechet_distance(seen[evenly(len(seen), args.samples)], real)
+    source = args.data_root, args.split_dir
+    real = Data(*source, "val", size, features, device).features
+    floor = frechet_distance(Data(*source, "train", size, features, device, most=args.samples).features, real)
     content = {"distance": features.distance, "samples": args.samples, "seeds": args.seeds, "floor": floor, "nfe": {}}
     for nfe in tqdm(sorted(set(args.nfe)), desc="NFE"):
         found = {

@@ -48,7 +48,8 @@ class Objective:
 
     Args:
         rate: multiple of the run's learning rate.
-        steady: share of the stage after which the rates, a critic's too, fall with the square root of the step.
+        steady: share of the stage after which the rates, a critic's too, fall with the square root of the step (on
+            top of the run's own schedule).
     """
 
     scheduler: nn.Module
@@ -78,6 +79,10 @@ class Objective:
             for field in fields(self):
                 if field.name in names and not fits(getattr(self, field.name)):
                     raise UserError(f"the option {field.name} must {wish}, got {getattr(self, field.name)}")
+
+    def options(self) -> dict:
+        """All options and their values."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "scheduler"}
 
     def fall(self, progress: float) -> float:
         """What the rates are multiplied with at this share of the stage."""

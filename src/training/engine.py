@@ -36,7 +36,8 @@ class Recipe:
         batch_size: images of one optimizer step, over all processes.
         num_iterations: optimizer steps in all.
         lr: AdamW's learning rate: linear from 0 over `warmup` steps, then constant, and falling with the square
-            root of the step from `lr_decay_start` on.
+            root of the step from `lr_decay_start` on; steps of a stage, of which warming up takes a tenth at most
+            where the weights come from a stage before.
         grad_clip: largest norm of the gradient.
         ema_decay: weight of the old average at each step.
         micro_batch: most images a process computes at once, in equal slices of its share of the batch; changes the
@@ -91,9 +92,10 @@ class Recipe:
         most = self.micro_batch or share
         return next(slices for slices in range(1, share + 1) if share % slices == 0 and share // slices <= most)
 
-    def learning_rate(self, step: int) -> float:
+    def learning_rate(self, step: int, most_warmup: int | None = None) -> float:
         """Of the step after `step` steps."""
-        return self.lr * min(1.0, (step + 1) / max(1, self.warmup)) / math.sqrt(max(1.0, step / self.lr_decay_start))
+        warmup = self.warmup if most_warmup is None else min(self.warmup, most_warmup)
+        return self.lr * min(1.0, (step + 1) / max(1, warmup)) / math.sqrt(max(1.0, step / self.lr_decay_start))
 
 
 FREE = ("num_iterations", "micro_batch", "log_interval", "save_interval", "eval_interval", "max_minutes")
@@ -321,7 +323,7 @@ class Training:
         return self.steps == self.first_step + self.stage.steps
 
     def step(self) -> tuple[dict[str, list[Tensor]], Tensor]:
-        """One optimizer step, nothing of which waits for the device.
+        """One optimizer step, which reads nothing back from the device.
 
         Returns: the losses and logs of `accumulate_gradient`, and the gradient's norm before clipping.
         """
@@ -333,7 +335,8 @@ class Training:
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
                 self.pairs = load_pairs(self.nets.teacher, self.images.shape[1:], objective, recipe.seed, self.world)
 
-        lr = recipe.learning_rate(self.steps - self.first_step) * objective.fall(self.progress)
+        most_warmup = self.stage.steps // 10 if self.index else None
+        lr = recipe.learning_rate(self.steps - self.first_step, most_warmup) * objective.fall(self.progress)
         logs = {}
         for i in range(objective.critic_steps):
             critic.requires_grad_(True)
@@ -436,9 +439,8 @@ def train(
     training = Training(model, images, recipe, stages, world)
     settings = {name: value for name, value in asdict(recipe).items() if name not in FREE}
     # The steps of a single stage may grow, unless its loss or its rates depend on how many there are.
-    first = stages[0].objective
-    fixed = len(stages) > 1 or first.follows_progress or first.steady < 1
-    written = [[stage.name, stage.steps] if fixed else [stage.name] for stage in stages]
+    fixed = len(stages) > 1 or stages[0].objective.follows_progress or stages[0].objective.steady < 1
+    written = [[stage.name, stage.objective.options(), *[stage.steps][:fixed]] for stage in stages]
     identity = {
         "model": model_config,
         "data": data_hash,
@@ -462,6 +464,7 @@ def train(
             "steps": steps,
             "batch_size": recipe.batch_size,
             "lr": recipe.lr * objective.rate,
+            "options": objective.options(),
             "citations": list(objective.citations),
         }
         for name, objective, steps in stages
