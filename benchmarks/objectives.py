@@ -5,15 +5,19 @@
 
 The budget is in forward passes of the network on one image; a backward pass counts two, teachers and critics by
 their arithmetic (FLOPs), a reflow's pairs with all their steps. What follows `--` goes to train.py. A name that holds
-a `:` is a chain of stages. Interrupted, the same command goes on. Writes OUT/table.md, OUT/objectives.json and
-OUT/grid.png, one row an objective from the same noise.
+a `:` is a chain of stages. With several `--training_seeds` intervals are over training runs, otherwise only over what
+is sampled. Interrupted, the same command goes on. Writes OUT/table.md, OUT/objectives.json and OUT/grid.png, one row a
+run from the same noise.
 """
 
 import argparse
 import copy
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
@@ -24,6 +28,7 @@ from src.evaluation.intervals import mean_interval
 from src.evaluation.scoring import NFES, Scorer
 from src.objectives import make_objective, parse_stages
 from src.training.engine import Recipe, Stage, Training, plan
+from src.training.record import environment
 from src.utils import (
     UserError,
     labelled_grid,
@@ -95,70 +100,113 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--split_dir", required=True)
     parser.add_argument("--features", help="network to score with; default: the official one, for the FID")
     parser.add_argument("--samples", type=int, default=500, help="for each NFE and sampling seed")
-    parser.add_argument("--seeds", type=int, default=3, help="sampling seeds")
+    parser.add_argument("--seeds", type=int, default=3, help="number of sampling seeds")
+    parser.add_argument("--training_seeds", type=int, nargs="+", default=[42], help="a run with each")
     parser.add_argument("--out", type=Path, default=Path("results/objectives"))
     parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
     return parser.parse_args(ours), theirs
 
 
+def measure(
+    folder: Path, final: Path, settings: dict, train: Callable[[], dict], scorers: list[Scorer], device
+) -> dict:
+    """What the run in this folder cost and scores; where that is not known yet, trained and scored first."""
+    result = folder / "scores.json"
+    if not result.exists():
+        cost = train()
+        model = load_model(final, create_custom_model, device)
+        commit = environment(device)["commit"]
+        distances = scores_of(model, scorers)
+        write_json(result, {**cost, "settings": settings, "commit": commit, "distances": distances})
+    row = json.loads(result.read_text())
+    if row["settings"] != settings:
+        raise UserError(f"{result} was measured with {row['settings']}: choose another --out")
+    return row
+
+
+def side_by_side(final: Path, device) -> list:
+    """Four images at each NFE, from the same noise for every model."""
+    model = load_model(final, create_custom_model, device)
+    images = []
+    for nfe in NFES:
+        noise = [torch.Generator().manual_seed(i) for i in range(4)]
+        images += tensor_to_pil_image(model.sample((4, 3, model.image_size, model.image_size), nfe, generator=noise))
+    return images
+
+
+def table(rows: dict[str, list[dict]]) -> list[str]:
+    """A line of markdown for each objective; intervals over its training runs, or over one run's sampling seeds."""
+    lines = [
+        f"| objective | evaluations a sample | samples | device hours | {' | '.join(f'NFE {n}' for n in NFES)} |",
+        "|" + "---|" * (4 + len(NFES)),
+    ]
+    for name, runs in rows.items():
+        cells = []
+        for nfe in NFES:
+            found = [run["distances"][str(nfe)] for run in runs]
+            middle, half = mean_interval([mean(one) for one in found] if len(found) > 1 else found[0])
+            cells.append(f"{middle:.2f} ± {half:.2f}")
+        cost, samples, hours = (mean(run[key] for run in runs) for key in ("evaluations_a_sample", "samples", "hours"))
+        lines.append(f"| {name} | {cost:.1f} | {samples:,.0f} | {hours:.2f} | {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     args, extra = parse_arguments()
     device = pick_device(args.device)
-    start = load_model(args.start, create_custom_model, "cpu")
+    if len(set(args.training_seeds)) < len(args.training_seeds):
+        raise UserError("name each training seed once: the same run twice says nothing of their spread")
+    start = load_model(args.start, create_custom_model, device)
     config = json.loads(Path(args.start).with_name("model_config.json").read_text())
     batch = argparse.ArgumentParser()
     batch.add_argument("--batch_size", type=int, default=Recipe.batch_size)
     batch_size = batch.parse_known_args(extra)[0].batch_size
-    data = ["--data_root", args.data_root, "--split_dir", args.split_dir]
     scoring = args.data_root, args.split_dir, start.image_size, args.samples, args.features, device
     scorers = [Scorer(*scoring, seed=1_000_000 * (1 + i)) for i in range(args.seeds)]
-    settings = {k: v for k, v in vars(args).items() if k not in ("objectives", "out", "device")} | {"extra": extra}
+    chains = {name: parse_stages(name if ":" in name else f"{name}:1") for name in args.objectives}
+    options = {  # the defaults as well, since they may change
+        name: [make_objective(stage, start.scheduler).options() for stage, _ in shares]
+        for name, shares in chains.items()
+    }
+    common = [sys.executable, "train.py", "--teacher", args.start, "--device", args.device]
+    common += ["--data_root", args.data_root, "--split_dir", args.split_dir]
+    common += ["--unet", config["unet"], "--image_size", str(start.image_size), "--use_additional_condition"]
+    common += ["--num_train_timesteps", str(config["num_train_timesteps"])]
 
-    rows, grid = {}, {}
-    for name in ["start", *args.objectives]:
-        folder = args.out / name.replace("/", "_").replace(",", "+").replace(":", "@")
-        result = folder / "scores.json"
-        if not result.exists():
-            row = {"evaluations_a_sample": 0.0, "samples": 0, "hours": 0.0}
-            model = copy.deepcopy(start).to(device)
-            if name != "start":
-                shares = parse_stages(name if ":" in name else f"{name}:1")
-                steps, cost = steps_for(model, shares, args.budget, batch_size)
-                command = [sys.executable, "train.py", "--teacher", args.start, "--num_iterations", str(steps)]
-                command += ["--stages", name] if ":" in name else ["--objective", name]
-                command += ["--unet", config["unet"], "--image_size", str(start.image_size), *data]
-                command += ["--num_train_timesteps", str(config["num_train_timesteps"]), "--use_additional_condition"]
-                run_to_the_end([*command, "--device", args.device, "--save_dir", str(folder), *extra])
-                model = load_model(folder / "final_model.pt", create_custom_model, device)
-                hours = json.loads((folder / "run.json").read_text())["device_hours"]
-                row = {"evaluations_a_sample": cost, "samples": steps * batch_size, "hours": hours}
-            write_json(result, {**row, "settings": settings, "distances": scores_of(model, scorers)})
-        rows[name] = json.loads(result.read_text())
-        if rows[name]["settings"] != settings:
-            raise UserError(f"{result} was measured with {rows[name]['settings']}: choose another --out")
-        final = args.start if name == "start" else folder / "final_model.pt"
-        model = load_model(final, create_custom_model, device)
-        grid[name] = []
-        for nfe in NFES:  # four images each, side by side
-            noise = [torch.Generator().manual_seed(i) for i in range(4)]
-            images = model.sample((4, 3, start.image_size, start.image_size), nfe, generator=noise)
-            grid[name] += tensor_to_pil_image(images)
+    planned = {}
 
-    distance, floor = scorers[0].features.distance, scorers[0].floor
-    lines = [
-        f"{distance}, {args.samples} samples, {args.seeds} sampling seeds (mean ± 95 %), floor {floor:.2f}; "
-        f"{args.budget:g} network evaluations each, after {args.start}",
-        "",
-        f"| objective | evaluations a sample | samples | device hours | {' | '.join(f'NFE {n}' for n in NFES)} |",
-        "|" + "---|" * (4 + len(NFES)),
-    ]
-    for name, row in rows.items():
-        cells = " | ".join("{:.2f} ± {:.2f}".format(*mean_interval(row["distances"][str(nfe)])) for nfe in NFES)
-        lines.append(
-            f"| {name} | {row['evaluations_a_sample']:.1f} | {row['samples']:,} | {row['hours']:.2f} | {cells} |"
-        )
-    print("\n".join(lines))
-    (args.out / "table.md").write_text("\n".join(lines) + "\n")
+    def train(name: str, seed: int, folder: Path) -> dict:
+        if name not in planned:
+            planned[name] = steps_for(start, chains[name], args.budget, batch_size)
+        steps, cost = planned[name]
+        command = [*common, "--num_iterations", str(steps), "--seed", str(seed), "--save_dir", str(folder)]
+        run_to_the_end([*command, "--stages" if ":" in name else "--objective", name, *extra])
+        hours = json.loads((folder / "run.json").read_text())["device_hours"]
+        return {"evaluations_a_sample": cost, "samples": steps * batch_size, "hours": hours}
+
+    apart = "objectives", "training_seeds", "out", "device"
+    settings = {k: v for k, v in vars(args).items() if k not in apart} | {"extra": extra}
+    nothing = {"evaluations_a_sample": 0.0, "samples": 0, "hours": 0.0}
+    rows = {"start": [measure(args.out / "start", Path(args.start), settings, lambda: nothing, scorers, device)]}
+    grid = {"start": side_by_side(Path(args.start), device)}
+    for name in chains:
+        rows[name] = []
+        for seed in args.training_seeds:
+            folder = args.out / name.replace("/", "_").replace(",", "+").replace(":", "@") / f"seed{seed}"
+            final = folder / "final_model.pt"
+            asked = settings | {"options": options[name]}
+            run = measure(folder, final, asked, partial(train, name, seed, folder), scorers, device)
+            rows[name].append(run)
+            grid[f"{name}, seed {seed}"] = side_by_side(final, device)
+
+    distance, floor, runs = scorers[0].features.distance, scorers[0].floor, len(args.training_seeds)
+    over = f"{runs} training runs (start: over sampling seeds)" if runs > 1 else "sampling seeds of one training run"
+    text = (
+        f"{distance}, {args.samples} samples, {args.seeds} sampling seeds, floor {floor:.2f}; mean ± 95 % over {over}; "
+        f"{args.budget:g} network evaluations each, after {args.start}\n\n" + "\n".join(table(rows)) + "\n"
+    )
+    print(text, end="")
+    (args.out / "table.md").write_text(text)
     write_json(
         args.out / "objectives.json", {"arguments": {**vars(args), "out": str(args.out)}, "extra": extra, "rows": rows}
     )

@@ -1,0 +1,52 @@
+"""The comparison of objectives: what it measures is measured once, and never passed off as something else."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train as train_py
+from custom_model import create_custom_model
+from src.utils import write_json
+
+
+def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, tiny_network, script_env, randomised):
+    config = {"unet": "small", "image_size": 32, "objective": "rectified_flow", "use_additional_condition": True}
+    model = randomised(create_custom_model(**config))
+    (workdir / "start").mkdir()
+    (workdir / "train.py").symlink_to(train_py.__file__)
+    torch.save(model.state_dict(), "start/final_model.pt")
+    write_json(workdir / "start/model_config.json", {**config, "num_train_timesteps": 1000})
+
+    def compare(budget: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "benchmarks.objectives", "--start", "start/final_model.pt", "--budget", budget,
+                   "--objectives", "rectified_flow", "--training_seeds", "1", "2", "--samples", "8", "--seeds", "2",
+                   "--data_root", str(faces), "--split_dir", str(faces), "--features", str(tiny_network),
+                   "--device", "cpu", "--out", "compared", "--", "--batch_size", "4"]  # fmt: skip
+        return subprocess.run(command, env=script_env, capture_output=True, text=True)
+
+    first = compare("60")
+    assert first.returncode == 0, first.stderr
+    rows = json.loads((workdir / "compared/objectives.json").read_text())["rows"]
+    one, two = rows["rectified_flow"]
+    assert one["distances"] != two["distances"] and len(one["distances"]["4"]) == 2
+    assert 2.9 < one["evaluations_a_sample"] < 3.3 and one["samples"] == 20  # 60 evaluations at 3 each
+    table = (workdir / "compared/table.md").read_text()
+    cells = table.splitlines()[-1].split("|")
+    a, b = (sum(run["distances"]["1"]) / 2 for run in (one, two))
+    half = 12.706 * abs(a - b) / 2  # Student's t of two runs: over these, not over their four sampled distances
+    assert [float(part) for part in cells[5].split("±")] == pytest.approx([(a + b) / 2, half], abs=0.02)
+    assert (workdir / "compared/grid.png").stat().st_size > 1000
+
+    trained = workdir / "compared/rectified_flow/seed1/final_model.pt"
+    written = trained.stat().st_mtime_ns
+    assert compare("60").stdout == table and trained.stat().st_mtime_ns == written
+
+    scores = trained.with_name("scores.json")
+    measured = json.loads(scores.read_text())
+    measured["settings"]["options"][0]["rate"] = 0.5  # as if this had been the default
+    write_json(scores, measured)
+    other = compare("60")
+    assert other.returncode == 1 and "seed1/scores.json was measured with" in other.stderr.splitlines()[-1]
