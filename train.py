@@ -23,7 +23,7 @@ from src.utils import UserError, get_current_time, load_model, one_line_errors, 
 # Recipes for those who do not want to improvise; every value can be overridden by its flag. The rates are low because
 # this network does not leave the mean image at 4e-4; the chain is what won on the small network (benchmarks/LOG.md). An
 # adversarial step costs three of a rectified flow.
-CHAIN = "rectified_flow:0.7,alpha_flow:0.15,adversarial:0.15"
+CHAIN = "rectified_flow:0.7,alpha_flow:0.1,adversarial:0.2"
 PRESETS = {
     # A look at whether everything works: 0.2 M images.
     "quick": dict(
@@ -169,7 +169,8 @@ def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
     seed_everything(args.seed)
     model = create_custom_model(device, objective=shares[0][0], **settings)
     taught_by = start_from(args.teacher, model) if args.teacher else None
-    stages = plan(shares, lambda name: make_objective(name, model.scheduler), recipe.num_iterations)
+    started_from = model.objective if taught_by else None
+    stages = plan(shares, lambda name: make_objective(name, model.scheduler), recipe.num_iterations, started_from)
     model_config = {
         "model_type": type(model).__name__,
         "scheduler_type": type(model.scheduler).__name__,

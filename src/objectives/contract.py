@@ -63,6 +63,7 @@ class Objective:
 
     needs_condition = True  # does the network embed d?
     needs_teacher = False
+    asks_velocity = False  # does it ask the teacher for the velocity, u(x_t, t, 0)?
     keeps_velocity = True  # is u(x_t, t, 0) still the velocity when it has trained?
     follows_progress = False  # does the loss change over the stage?
     pairs = 0  # (noise, image) pairs that the teacher generates before the stage begins

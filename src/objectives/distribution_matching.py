@@ -34,6 +34,7 @@ class DistributionMatching(Objective):
     hold: float = 0.25
 
     needs_teacher = True
+    asks_velocity = True
     keeps_velocity = False
     beta1 = 0.0
     citations = ("yin2024improved", "yin2024one")

@@ -128,11 +128,18 @@ class Stage(NamedTuple):
     steps: int
 
 
-def plan(shares: list[tuple[str, float]], make: Callable[[str], Objective], num_iterations: int) -> list[Stage]:
-    """Stages of whole steps from their names and shares; UserError if one would have none.
+def plan(
+    shares: list[tuple[str, float]],
+    make: Callable[[str], Objective],
+    num_iterations: int,
+    started_from: Objective | None = None,
+) -> list[Stage]:
+    """Stages of whole steps from their names and shares.
 
     Args:
         make: the objective of a name.
+        started_from: what the model before the first stage was trained with.
+    Raises: UserError if a stage would have no step, or asks for a velocity that was not kept.
     """
     ends = np.cumsum([0.0] + [share for _, share in shares])
     ends = [round(end * num_iterations) for end in ends.tolist()]
@@ -142,6 +149,14 @@ def plan(shares: list[tuple[str, float]], make: Callable[[str], Objective], num_
             raise UserError(
                 f"stage {stage.name} has no step of the {num_iterations}: raise --num_iterations or its share"
             )
+    before = started_from
+    for stage in stages:
+        if stage.objective.asks_velocity and before is not None and not before.keeps_velocity:
+            raise UserError(
+                f"{stage.name} learns from the velocity of its teacher, which kept only its jumps: "
+                f"name an earlier checkpoint with --teacher, or put the stage before the adversarial one"
+            )
+        before = stage.objective
     return stages
 
 
