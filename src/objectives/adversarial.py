@@ -20,14 +20,16 @@ class Adversarial(Objective):
 
     A jump is one of the seven that NFE 1, 2 and 4 take, from the student's own state there. The penalties are finite
     differences (D(x) - D(x + step z))^2 / step^2 (arXiv:2511.22475) on every fourth sample. An anchor holds the jump
-    near that of the model the stage began with, and lets go. Student and critic are without dropout.
+    near that of the model the stage began with, and lets go, of long jumps more than of short ones, which that model
+    takes well already. Student and critic are without dropout.
 
     Args:
         critic: "encoder", the way down of the stage's first model, or "conv", a small net from scratch.
         critic_rate: multiple of the run's learning rate, for the critic.
         critic_steps: critic's steps for each of the student's.
         gamma: weight of the penalties.
-        anchor, anchor_end: weight of ||u - u_teacher||^2 at the stage's begin and end, in between geometric.
+        anchor, anchor_end: weight of ||u - u_teacher||^2 at the stage's begin, and at its end for the jump from noise
+            to data; geometric in between, in the stage's progress times the jump's length.
         augmented: whether the critic sees augmented states.
     """
 
@@ -79,7 +81,7 @@ class Adversarial(Objective):
         real, fake_seen = self._seen(data, fake, s, draw)
         gap = nets.critic(real, s) - nets.critic(fake_seen, s)
         held = squared_error(u, anchor)
-        weight = self.anchor * (self.anchor_end / self.anchor) ** progress
+        weight = self.anchor * (self.anchor_end / self.anchor) ** (progress * (t - s))
         adversarial = F.softplus(gap)
         return adversarial + weight * held, {"loss_adversarial": adversarial.detach(), "anchor": held.detach()}
 
