@@ -3,7 +3,9 @@
 import copy
 import json
 import re
+from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial, partialmethod
 from pathlib import Path
 
@@ -17,9 +19,10 @@ from src.evaluation.report import CITATIONS as SCORES
 from src.objectives import OBJECTIVES, make_objective, options_of, parse_objective, parse_stages
 from src.objectives.contract import Nets
 from src.objectives.critics import augment
-from src.objectives.rollout import roll_out
+from src.objectives.rollout import draw_jumps, roll_out
 from src.training import engine
 from src.training.data import load_images
+from src.training.distributed import World
 from src.training.engine import CITATIONS as TRAINING
 from src.training.engine import Loss, Recipe, Training, accumulate_gradient, plan, train
 from src.utils import UserError
@@ -31,7 +34,8 @@ VARIANTS = {
     **{name: f"rectified_flow:0.5,{name}:0.5" for name in OBJECTIVES},
     "progressive/steps=2": "rectified_flow:0.4,progressive:0.6",
     "mean_flow/improved=true": "rectified_flow:0.5,mean_flow/improved=true/power=1/flow=0.5:0.5",
-    "alpha_flow/anneal=12": "rectified_flow:0.5,alpha_flow/own=true:0.5",
+    "alpha_flow/anneal=12": "rectified_flow:0.5,alpha_flow/anneal=12:0.5",
+    "alpha_flow/own=true": "rectified_flow:0.5,alpha_flow/own=true:0.5",
     "distribution_matching/told=true": "rectified_flow:0.5,distribution_matching/told=true:0.5",
     "adversarial/critic=conv": "rectified_flow:0.5,adversarial/critic=conv/augmented=false:0.5",
 }
@@ -220,7 +224,7 @@ def test_accumulation_does_not_change_the_gradient(model):
             gradients.append(torch.cat([p.grad.flatten() for p in trained.parameters()]))
         for gradient in gradients[1:]:
             # Samples that went through several networks carry more rounding.
-            assert (gradient - gradients[0]).norm() < (1e-3 if nets.critic else 1e-5) * gradients[0].norm()
+            assert (gradient - gradients[0]).norm() < (1e-3 if nets.critic else 3e-5) * gradients[0].norm()
 
 
 def test_resumed_training_is_bitwise_equal(name, faces, workdir):
@@ -247,6 +251,9 @@ def test_resumed_training_is_bitwise_equal(name, faces, workdir):
 
     sessions = json.loads((workdir / "resumed/run.json").read_text())["sessions"]
     assert [one["first_step"] for one in sessions] == [0, 2, 3, 5]
+    exported = torch.load(workdir / "resumed/final_model.pt", weights_only=True)["state_dict"]
+    assert set(exported) == set(straight["state_dict"])  # a critic or teacher stays behind
+    assert set(exported) == set(create_custom_model(objective=name, unet="small", image_size=32).state_dict())
     pairs = list(zip(tensors(straight), tensors(resumed), strict=True))
     assert len(pairs) > 300 and all(torch.equal(a, b) for a, b in pairs)
 
@@ -334,6 +341,18 @@ def test_shortcut_learns_from_the_average_in_eval_mode_within_the_clip():
     assert len(logs["loss_flow"]) == 14 and loss.shape == (16,)
 
 
+def test_jumps_are_drawn_evenly():
+    """Each NFE as often as the others, in small batches too, and each of its jumps as often as its others."""
+    torch.manual_seed(0)
+    counts = Counter()
+    for _ in range(600):
+        nfe, position = draw_jumps(8)
+        counts.update(zip(nfe.tolist(), position.tolist(), strict=True))
+    assert set(counts) == {(nfe, i) for nfe in (1, 2, 4) for i in range(nfe)}
+    for (nfe, _), count in counts.items():
+        assert count == pytest.approx(600 * 8 / 3 / nfe, rel=0.15)
+
+
 def test_rolled_out_states_are_the_samplers():
     model = create_custom_model(objective="shortcut", unet="small", image_size=32, time_grids={2: [1, 0.7, 0]})
     noise = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -369,6 +388,16 @@ def test_mean_flow_target_is_the_identitys():
     torch.testing.assert_close(target, exact.predict(x, t, d), rtol=1e-4, atol=1e-4)
 
 
+def test_mean_flow_differentiates_in_float32():
+    model = create_custom_model(objective="mean_flow", unet="small", image_size=32)
+    nets, (x, v) = nets_of(model), batch(4)
+    t, d = torch.full((4,), 0.8), torch.full((4,), 0.5)
+    target, u = model.objective.target(nets, x, t, d, v, 0.0), model.predict(x, t, d)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.objective.target(nets, x, t, d, v, 0.0), target)
+        assert not torch.equal(model.predict(x, t, d), u)  # as all else is rounded
+
+
 def test_alpha_flow_goes_from_the_velocity_to_a_small_ratio():
     scheduler = create_custom_model(unet="small").scheduler
     t = torch.ones(3)
@@ -392,6 +421,71 @@ def test_progressive_halves_its_steps_stage_by_stage():
     assert set(first.jumps(1000)[1].tolist()) == {0.25}
     d = last.jumps(8000)[1]
     assert set(d.tolist()) == {1.0, 0.5, 0.25} and (d == 1).float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_each_stage_learns_from_the_average_that_the_one_before_left():
+    model = CustomGenerativeModel(MLP(use_additional_condition=True), CustomScheduler(1000), objective="rectified_flow")
+    stages = plan(parse_stages("progressive/levels=4:1"), lambda name: make_objective(name, model.scheduler), 4)
+    training = Training(model, np.zeros((16, 1, 1, 2), np.uint8), Recipe(batch_size=8, lr=0.1, warmup=0), stages)
+    teachers = [training.nets.teacher]
+    for _ in range(2):
+        training.step()
+    left = copy.deepcopy(training.ema.model.state_dict())
+    training.step()
+    teachers.append(training.nets.teacher)
+    first, second = (teacher.state_dict() for teacher in teachers)
+    assert all(torch.equal(second[key], left[key]) for key in left)
+    assert any(not torch.equal(second[key], first[key]) for key in left)
+    assert teachers[1].objective.steps == 2  # and is asked as that stage taught it
+
+
+def test_the_penalty_is_the_squared_slope_of_a_linear_critic(randomised):
+    class Linear(torch.nn.Module):
+        def forward(self, x, s):
+            return 0.01 * x.sum((1, 2, 3))
+
+    objective = "adversarial/gamma=0.3/augmented=false"
+    model = randomised(create_custom_model(objective=objective, unet="small", image_size=32))
+    data, noise = batch(8)
+    nets, draw = nets_of(model)._replace(critic=Linear()), model.objective.draw(data.shape)
+    loss, logs = model.objective.critic_loss(nets, data, noise, 0.0, draw)
+    rows = draw["penalised"].nonzero().squeeze(1)
+    assert len(rows) == 2
+    steepness = 2 * (0.01 * draw["step"][rows].sum((1, 2, 3)) / 0.01).square()  # at the real and at the generated state
+    torch.testing.assert_close(logs["critic_steepness"], steepness, rtol=0.02, atol=1e-3)
+    without = replace(model.objective, gamma=0.0).critic_loss(nets, data, noise, 0.0, draw)[0]
+    torch.testing.assert_close((loss - without)[rows], 4 * 0.15 * steepness, rtol=0.02, atol=1e-3)
+
+
+def test_pairs_lie_in_the_rows_that_were_drawn():
+    objective = make_objective("reflow/pairs=5/real=0.5", create_custom_model(unet="small").scheduler)
+    images = torch.zeros(32, 3, 8, 8, dtype=torch.uint8)
+    pairs = [np.full((5, 3, 8, 8), sign, np.float16) * np.arange(1, 6).reshape(5, 1, 1, 1) for sign in (1.0, -1.0)]
+    torch.manual_seed(0)
+    paired = 0
+    for step in range(20):
+        data, noise, draw = engine.global_batch(images, objective, 16, 0, step, World(), pairs)
+        from_pair = data[:, 0, 0, 0] < -1
+        assert "pair" not in draw
+        # An image goes with its own noise; the others are data, black here, with noise of their own.
+        assert torch.equal(noise[from_pair], -data[from_pair]) and (data[~from_pair] == -1).all()
+        assert 0.5 < noise[~from_pair].std() < 1.5
+        paired += from_pair.sum().item()
+    # One in five pairs is the image -1, black too.
+    assert paired == pytest.approx(20 * 16 * 0.5 * 0.8, rel=0.2)
+
+
+def test_the_anchor_lets_go_of_long_jumps_most(randomised):
+    objective = "adversarial/anchor=2/anchor_end=0.1"
+    model = randomised(create_custom_model(objective=objective, unet="small", image_size=32))
+    data, noise = batch(12)
+    nets, draw = nets_of(model), model.objective.draw(data.shape)
+    with torch.no_grad():
+        (began, logs), (ended, _) = (model.objective.loss(nets, data, noise, progress, draw) for progress in (0.0, 1.0))
+    weight_lost = (began - ended) / logs["anchor"]
+    length = 1 / draw["nfe"]
+    assert set(length.tolist()) == {1.0, 0.5, 0.25}
+    torch.testing.assert_close(weight_lost, 2 - 2 * 0.05**length, rtol=1e-3, atol=1e-3)
 
 
 def test_augmentation_is_differentiable_and_treats_pixels_alike():
@@ -435,6 +529,17 @@ def test_augmentation_is_differentiable_and_treats_pixels_alike():
 def test_bad_objectives_and_stages_get_one_clear_line(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", ["reflow", "trajectory", "distribution_matching"])
+def test_a_teacher_without_velocity_is_refused(name):
+    scheduler = create_custom_model(unet="small").scheduler
+    make = partial(make_objective, scheduler=scheduler)
+    with pytest.raises(UserError, match=f"{name} learns from the velocity of its teacher"):
+        plan(parse_stages(f"rectified_flow:0.4,adversarial:0.3,{name}:0.3"), make, 100)
+    with pytest.raises(UserError, match=f"{name} learns from the velocity of its teacher"):
+        plan(parse_stages(f"{name}:1"), make, 100, make("adversarial"))
+    plan(parse_stages(f"rectified_flow:0.4,{name}:0.3,adversarial:0.3"), make, 100, make("shortcut"))
 
 
 def test_every_objective_says_what_its_options_mean_and_whom_it_cites():

@@ -131,6 +131,9 @@ def test_official_files_over_ours_give_the_same_images(workdir, randomised, face
         pytest.skip("no base_code/: fetch it with `python -m src.submission base-code`")
     model = randomised(create_custom_model(unet="small"))
     save_model(model, str(workdir / "run/model.pt"), {"unet": "small", "objective": "shortcut"})
+    small = {"state_dict": quantised(model.state_dict())}  # as an export with --dtype int8
+    save_model(model, str(workdir / "int8/model.pt"), {"unet": "small", "objective": "shortcut"})
+    torch.save(small, workdir / "int8/model.pt")
     trees = {}
     for name in ("ours", "official"):
         tree = workdir / name
@@ -144,6 +147,7 @@ def test_official_files_over_ours_give_the_same_images(workdir, randomised, face
                     shutil.copyfile(root / "base_code" / part, tree / part)
         commands = [
             ["sampling.py", "--ckpt_path", "../run/model.pt", "--num_samples", "6", "--batch_size", "4"],
+            ["sampling.py", "--ckpt_path", "../int8/model.pt", "--num_samples", "6", "--save_dir", "samples/int8"],
             ["train.py", "--data_root", str(faces), "--split_dir", str(faces), "--unet", "small", "--batch_size", "4",
              "--num_iterations", "2", "--save_dir", "trained"],
         ]  # fmt: skip
@@ -155,7 +159,7 @@ def test_official_files_over_ours_give_the_same_images(workdir, randomised, face
             assert result.returncode == 0, result.stderr
         trees[name] = {path.relative_to(tree): path.read_bytes() for path in (tree / "samples").rglob("*.png")}
         trees[name] |= {"weights": torch.load(tree / "trained/final_model.pt")["state_dict"]["network.head.weight"]}
-    assert len(trees["ours"]) == 19
+    assert len(trees["ours"]) == 37
     assert torch.equal(trees["ours"].pop("weights"), trees["official"].pop("weights"))
     assert trees["ours"] == trees["official"]
 

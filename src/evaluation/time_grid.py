@@ -20,7 +20,8 @@ REFERENCE_STEPS = 64  # Euler steps to the ends that few steps should reach as w
 
 
 def search_grid(model, nfe: int, count: int = 64, seed: int = 0) -> tuple[list[float], dict[str, float]]:
-    """Times from 1 to 0 in `nfe` jumps whose samples end nearest to those of the model's ODE from the same noise.
+    """Times from 1 to 0 in `nfe` jumps whose samples end nearest to those of the model's ODE from the same noise
+    (the paper's eq. 5).
 
     The paper descends the gradient through the solver; for a handful of times, Nelder and Mead's method needs no more
     network calls. It searches the logarithms of the jumps' lengths on half of the noise; the other half tells whether

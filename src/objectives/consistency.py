@@ -13,10 +13,10 @@ from src.objectives.regression import JumpRegression
 class Consistency(JumpRegression):
     """f(x_t) <- f_ema(x_r) with f(x_t) = x_t - t u(x_t, t, t), x_r on the same straight path, r < t.
 
-    Divided by t, this is alpha-Flow's regression of the jump to 0, with alpha = (t - r)/t. Only the last jump of
-    a sample is asked of f; the ones before it are Euler steps with the velocity, which the flow share keeps. Where
-    the paper moves sigma by the ratio r/t, here flow time moves; where it shares dropout's mask between the pair, here
-    the target comes from the EMA without dropout.
+    Section 3 of the paper, and the authors' code for the pair of times. Divided by t, this is alpha-Flow's regression
+    of the jump to 0, with alpha = (t - r)/t. Only the last jump of a sample is asked of f; the ones before it are
+    Euler steps with the velocity, which the flow share keeps. Where the paper moves sigma by the ratio r/t, here flow
+    time moves; where it shares dropout's mask between the pair, here the target comes from the EMA without dropout.
 
     Args:
         q: r = t (1 - n(t)/q), n(t) = 1 + 8 sigmoid(-sigma), sigma = t/(1 - t).

@@ -13,14 +13,14 @@ from src.utils import expand_t
 
 @dataclass(eq=False)
 class MeanFlow(JumpRegression):
-    """u(x_t, t, d) <- v - d * du/dt along the path, r = t - d held (2505.13447, section 4.1).
+    """u(x_t, t, d) <- v - d * du/dt along the path, r = t - d held (2505.13447, eqs. 6 and 10).
 
     du/dt is a Jacobian-vector product of the student, taken in float32 (TF32 on GPUs) in eval mode. It holds the
     derivative of the time embedding, so the times want a mild scale: `num_train_timesteps` of 16 or so, not 1000.
 
     Args:
-        improved: take du/dt along the model's own velocity instead of the sample's (2512.02012), whose loss
-            ||u + d sg(du/dt) - v||^2 has the same gradient.
+        improved: take du/dt along the model's own velocity instead of the sample's (2512.02012, eq. 12),
+            whose loss ||u + d sg(du/dt) - v||^2 has the same gradient.
         power: of the adaptive weight; 0 is the plain squared error.
     """
 

@@ -11,7 +11,7 @@ from src.utils import UserError
 
 @dataclass(eq=False)
 class RectifiedFlow(Objective):
-    """||u(x_t, t, 0) - (eps - x)||^2. A jump is then an Euler step with the instantaneous velocity."""
+    """||u(x_t, t, 0) - (eps - x)||^2 (eq. 1). A jump is then an Euler step with the instantaneous velocity."""
 
     needs_condition = False
     citations = ("liu2023flow",)
@@ -33,7 +33,7 @@ class RectifiedFlow(Objective):
 
 @dataclass(eq=False)
 class Reflow(RectifiedFlow):
-    """Rectified flow on (noise, image) pairs of the teacher's ODE, whose paths cross less (section 2.2).
+    """Rectified flow on (noise, image) pairs of the teacher's ODE, whose paths cross less (algorithm 1).
 
     The engine generates the pairs before the stage begins and lays them in the rows that `draw` names.
 
@@ -50,6 +50,7 @@ class Reflow(RectifiedFlow):
     real: float = 0.0
 
     needs_teacher = True
+    asks_velocity = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -12,7 +12,7 @@ from src.utils import UserError
 
 @dataclass(eq=False)
 class Shortcut(JumpRegression):
-    """A jump of 2d should equal two jumps of d by the EMA in eval mode (section 3).
+    """A jump of 2d should equal two jumps of d by the EMA in eval mode (eqs. 4 and 5).
 
     The defaults are the authors' code's: 128 levels, a bootstrapped eighth, targets and intermediate states
     clipped to [-4, 4]. The smallest step 1/levels is asked for as d = 0.

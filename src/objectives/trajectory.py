@@ -11,7 +11,8 @@ from src.objectives.contract import Nets, Objective, eval_mode, squared_error
 @dataclass(eq=False)
 class Trajectory(Objective):
     """||G(G(x_t, t, s), s, 0) - G(G(solver(x_t, t, t'), t', s), s, 0)||^2, with G the EMA wherever it is not the
-    student's first jump, and the teacher as solver, plus the velocity's regression.
+    student's first jump, and the teacher as solver (section 3.2, the match of eq. 3 mapped to 0), plus the velocity's
+    regression.
 
     Without the paper's adversarial part and pretrained distances.
 
@@ -24,6 +25,7 @@ class Trajectory(Objective):
     flow: float = 1.0
 
     needs_teacher = True
+    asks_velocity = True
     citations = ("kim2024consistency",)
 
     def draw(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
