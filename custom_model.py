@@ -36,15 +36,11 @@ class CustomScheduler(BaseScheduler):
             exp(4t) + exp(4(1 - t)) (arXiv:2405.20320); "logit_normal", t = sigmoid(N(0, 1))
             (arXiv:2403.03206, section 3.1).
         time_grids: {NFE: [1, ..., 0]}, decreasing times for `sample`; uniform grids for NFEs not named.
-        sigma_data: the data's standard deviation, for `preconditioning`; 0: none.
     """
 
-    def _setup(self, time_sampling: str = "uniform", time_grids: dict | None = None, sigma_data: float = 0.0) -> None:
+    def _setup(self, time_sampling: str = "uniform", time_grids: dict | None = None) -> None:
         if self.num_train_timesteps <= 0:
             raise UserError(f"num_train_timesteps must be positive, got {self.num_train_timesteps}")
-        if not 0 <= sigma_data < math.inf:
-            raise UserError(f"sigma_data must be 0 or a standard deviation, got {sigma_data}")
-        self.sigma_data = sigma_data
         if time_sampling not in TIME_SAMPLINGS:
             raise UserError(f"unknown time_sampling {time_sampling!r}: choose one of {', '.join(TIME_SAMPLINGS)}")
         self.time_sampling = time_sampling
@@ -57,12 +53,7 @@ class CustomScheduler(BaseScheduler):
     @property
     def citations(self) -> tuple[str, ...]:
         """Keys of references.bib: the path, and the density of the times."""
-        return (
-            "liu2023flow",
-            *TIME_SAMPLINGS[self.time_sampling],
-            *(("tong2025learning",) if self.time_grids else ()),
-            *(("karras2022elucidating",) if self.sigma_data else ()),
-        )
+        return ("liu2023flow", *TIME_SAMPLINGS[self.time_sampling], *(("tong2025learning",) if self.time_grids else ()))
 
     def sample_timesteps(self, batch_size: int, device: torch.device) -> Tensor:
         """Draw training times in [0, 1], [batch_size], by `time_sampling`."""
@@ -87,16 +78,6 @@ class CustomScheduler(BaseScheduler):
     def reverse_process_step(self, xt: Tensor, pred: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """Jump from x_t to x_{t_next} = x_t - (t - t_next) u; xt and pred [B, ...], times [B]."""
         return xt - expand_t(t - t_next, xt) * pred
-
-    def preconditioning(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What x_t and the network's output count in the velocity at t [B]: c_skip and c_out, [B] each.
-
-        c_skip x_t is the best linear guess of v for data of standard deviation sigma, c_out the scale of what remains
-        (arXiv:2206.00364, appendix B.6, for this path and v). At t = 1 the network gives -x / sigma, so that it need
-        not copy the noise that a jump takes away; what it copies badly stays in the image as grain.
-        """
-        variance = ((1 - t) * self.sigma_data).square() + t.square()  # of x_t
-        return (t - (1 - t) * self.sigma_data**2) / variance, self.sigma_data / variance.sqrt()
 
     def get_target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The velocity v = dx_t/dt = eps - x, the same at every t."""
@@ -127,22 +108,16 @@ class CustomGenerativeModel(BaseGenerativeModel):
         """
         scale = self.scheduler.num_train_timesteps
 
-        def each(time):
+        def embedded(time):
             if not isinstance(time, Tensor):  # filled on the device: copying a number there would wait for it
-                return torch.full((len(xt),), time, dtype=torch.float32, device=xt.device)
-            return time.to(xt.device, torch.float32).expand(len(xt))
+                return torch.full((len(xt),), time * scale, dtype=torch.float32, device=xt.device)
+            return time.to(xt.device, torch.float32).expand(len(xt)) * scale
 
-        t = each(t)
         if self.network.use_additional_condition:
-            found = self.network(xt, t * scale, each(0.0 if d is None else d) * scale)
-        elif d is None:
-            found = self.network(xt, t * scale)
-        else:
+            return self.network(xt, embedded(t), embedded(0.0 if d is None else d)).to(xt.dtype)
+        if d is not None:
             raise ValueError("this network has no extra condition, so it cannot be asked for a jump d")
-        if not self.scheduler.sigma_data:
-            return found.to(xt.dtype)
-        skip, out = (expand_t(c, xt).to(xt.dtype) for c in self.scheduler.preconditioning(t))
-        return skip * xt + out * found.to(xt.dtype)
+        return self.network(xt, embedded(t)).to(xt.dtype)
 
     def velocity(self, xt: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """The mean velocity of a jump from x_t [B, ...] to t_next, asked as the objective has taught it; times [B]."""
@@ -222,7 +197,6 @@ def create_custom_model(
     image_size: int = 64,
     time_sampling: str = "uniform",
     time_grids: dict | None = None,
-    sigma_data: float = 0.0,
     model_type: str | None = None,
     scheduler_type: str | None = None,
     **unknown,
@@ -233,7 +207,7 @@ def create_custom_model(
         objective: default "shortcut"; but "rectified_flow" for a config that turns the condition off, as
             those of the challenge's base code do. With options: "name/option=value/...".
         use_additional_condition: default: whatever the objective needs. True adds the condition anyway.
-        num_train_timesteps, time_sampling, time_grids, sigma_data: see `CustomScheduler`.
+        num_train_timesteps, time_sampling, time_grids: see `CustomScheduler`.
         unet: "full" is the challenge's; "small" is for tests and experiments.
         image_size: 64, or 32 for experiments.
         model_type, scheduler_type: accepted and ignored; every saved config carries them.
@@ -251,7 +225,5 @@ def create_custom_model(
         raise UserError(f"the objective {objective} needs the extra condition, but use_additional_condition is false")
 
     network = UNet(**UNETS[unet], use_additional_condition=needed or bool(use_additional_condition))
-    scheduler = CustomScheduler(
-        num_train_timesteps, time_sampling=time_sampling, time_grids=time_grids, sigma_data=sigma_data
-    )
+    scheduler = CustomScheduler(num_train_timesteps, time_sampling=time_sampling, time_grids=time_grids)
     return CustomGenerativeModel(network, scheduler, objective=objective, image_size=image_size).to(device)

@@ -89,8 +89,6 @@ def parse_arguments() -> argparse.Namespace:
         help="a trained model that the first stage starts and, if it needs one, learns from",
     )
     add("--time_sampling", choices=TIME_SAMPLINGS, default="uniform")
-    add("--sigma_data", type=float, default=0.5,
-        help="the data's standard deviation, to precondition the network with; 0: its output is u itself")  # fmt: skip
     add("--unet", choices=UNETS, default="full", help="small: experiments only, no submission")
     add("--image_size", type=int, choices=IMAGE_SIZES, default=64, help="32: experiments only")
     add("--data_root", default=DATA_ROOT, help="folder of <id>.png; left as it is, downloaded")
@@ -128,7 +126,6 @@ def start_from(path: str, model) -> Teacher:
     facts = {
         "--image_size": lambda m: m.image_size,
         "--num_train_timesteps": lambda m: m.scheduler.num_train_timesteps,
-        "--sigma_data": lambda m: m.scheduler.sigma_data,
         "--use_additional_condition": lambda m: m.network.use_additional_condition,
         "the U-Net's parameters": lambda m: sum(p.numel() for p in m.parameters()),
     }
@@ -166,7 +163,6 @@ def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
         "unet": args.unet,
         "image_size": args.image_size,
         "time_sampling": args.time_sampling,
-        "sigma_data": args.sigma_data,
     }
     with world.one_a_machine_first():
         images, data_hash = load_images(args.data_root, args.split_dir, args.image_size)

@@ -172,7 +172,6 @@ def main() -> None:
     common += ["--data_root", args.data_root, "--split_dir", args.split_dir]
     common += ["--unet", config["unet"], "--image_size", str(start.image_size), "--use_additional_condition"]
     common += ["--num_train_timesteps", str(config["num_train_timesteps"])]
-    common += ["--sigma_data", str(start.scheduler.sigma_data)]
 
     planned = {}
 
