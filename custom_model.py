@@ -133,7 +133,7 @@ class CustomGenerativeModel(BaseGenerativeModel):
         For loops that know nothing of an EMA: the network stands in for its own average, and the loss is that of the
         objective's end. The engine of `src/training/` calls the objective itself.
 
-        Raises: UserError if the objective needs a teacher, which such a loop has not (as all with a critic do).
+        Raises: UserError if the objective needs a teacher or a critic, which such a loop has not.
         """
         if self.objective.needs_teacher:
             raise UserError(

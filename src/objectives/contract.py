@@ -21,6 +21,7 @@ critic learns from, by name, and its `critic_loss` is like `loss` but finds thes
 student the engine steps the critic's own optimizer on what that step made.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -48,8 +49,8 @@ class Objective:
 
     Args:
         rate: multiple of the run's learning rate.
-        steady: share of the stage after which the rates, a critic's too, fall linearly to 0 at its end (on top of the
-            run's own schedule); 1: never.
+        steady: share of the stage after which the rates, a critic's too, fall with the square root of the step (on
+            top of the run's own schedule).
     """
 
     scheduler: nn.Module
@@ -86,7 +87,7 @@ class Objective:
 
     def fall(self, progress: float) -> float:
         """What the rates are multiplied with at this share of the stage."""
-        return 1.0 if progress <= self.steady else (1 - progress) / (1 - self.steady)
+        return math.sqrt(self.steady / max(self.steady, progress))
 
     @classmethod
     def unfold(cls, options: dict) -> list[dict]:

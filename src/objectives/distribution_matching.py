@@ -80,7 +80,7 @@ class DistributionMatching(Objective):
     def critic_loss(
         self, nets: Nets, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The velocity's regression on samples; held rows are none, and count 0 (computed, to keep one shape)."""
+        """The velocity's regression on samples: the rows that were not held to the teacher."""
         names = "made", "hold", "nfe", "critic_tau", "critic_tau_noise"
         x_0, hold, nfe, tau, tau_noise = (draw[name].to(data.device, non_blocking=True) for name in names)
         moved = (~draw["hold"]).nonzero().squeeze(1).to(data.device, non_blocking=True)
