@@ -25,7 +25,7 @@ with joined("cpu") as (world, device):
     nets = Nets(model, copy.deepcopy(model))
     loss_module = world.wrap(Loss(model.objective.loss, nets, model))
     data, noise, draw = global_batch(images, model.objective, 16, seed=3, step=5, world=world)
-    logs, _ = accumulate_gradient(loss_module, data, noise, draw, 0.0, slices=2, world=world)
+    logs = accumulate_gradient(loss_module, data, noise, draw, 0.0, slices=2, world=world)
     mean = world.mean(torch.cat(logs["loss"]))
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.save(

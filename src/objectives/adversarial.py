@@ -21,11 +21,12 @@ class Adversarial(Objective):
     A jump is one of the seven that NFE 1, 2 and 4 take, from the student's own state there. The penalties are finite
     differences (D(x) - D(x + step z))^2 / step^2 (arXiv:2511.22475) on every fourth sample. An anchor holds the jump
     near that of the model the stage began with, and lets go, of long jumps more than of short ones, which that model
-    takes well already. Student and critic learn from the same states, and are without dropout.
+    takes well already. Student and critic are without dropout.
 
     Args:
         critic: "encoder", the way down of the stage's first model, or "conv", a small net from scratch.
         critic_rate: multiple of the run's learning rate, for the critic.
+        critic_steps: critic's steps for each of the student's.
         gamma: weight of the penalties.
         anchor, anchor_end: weight of ||u - u_teacher||^2 at the stage's begin, and at its end for the jump from noise
             to data; geometric in between, in the stage's progress times the jump's length.
@@ -36,6 +37,7 @@ class Adversarial(Objective):
     steady: float = 0.1
     critic: str = "encoder"
     critic_rate: float = 1.25
+    critic_steps: int = 1
     gamma: float = 0.005
     anchor: float = 1.0
     anchor_end: float = 0.02
@@ -69,25 +71,26 @@ class Adversarial(Objective):
 
     def loss(
         self, nets: Nets, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         x_t, t, s = roll_out(nets.student, noise, draw["nfe"], draw["position"])
         with eval_mode(nets.student):
             u = nets.student.velocity(x_t, t, s)
             fake = self.scheduler.reverse_process_step(x_t, u, t, s)
         with torch.no_grad(), eval_mode(nets.teacher):
             anchor = nets.teacher.velocity(x_t, t, s)
-        real, fake = self._seen(data, fake, s, draw)
-        gap = nets.critic(real, s) - nets.critic(fake, s)
+        real, fake_seen = self._seen(data, fake, s, draw)
+        gap = nets.critic(real, s) - nets.critic(fake_seen, s)
         held = squared_error(u, anchor)
         weight = self.anchor * (self.anchor_end / self.anchor) ** (progress * (t - s))
         adversarial = F.softplus(gap)
-        logs = {"loss_adversarial": adversarial.detach(), "anchor": held.detach()}
-        return adversarial + weight * held, logs, {"real": real, "fake": fake.detach(), "s": s}
+        return adversarial + weight * held, {"loss_adversarial": adversarial.detach(), "anchor": held.detach()}
 
     def critic_loss(
         self, nets: Nets, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        real, fake, s = draw["real"], draw["fake"], draw["s"]
+        with torch.no_grad(), eval_mode(nets.student):
+            x_t, t, s = roll_out(nets.student, noise, draw["nfe"], draw["position"])
+            real, fake = self._seen(data, nets.student.jump(x_t, t, s), s, draw)
         d_real, d_fake = nets.critic(torch.cat([real, fake]), s.repeat(2)).chunk(2)
         loss = F.softplus(d_fake - d_real)
         rows = draw["penalised"].nonzero().squeeze(1).to(data.device, non_blocking=True)

@@ -16,9 +16,8 @@ which the engine slices along with the data. So neither accumulation nor the num
 learned from a sample. `loss` returns the per-sample loss [B], unreduced, and logs: a 1-d tensor of per-sample
 values for each name, of any length, averaged by the engine. `progress` in [0, 1] is the share of the stage done.
 
-An objective with a critic also has `make_critic`, its `loss` returns a third thing, the tensors [B, ...] that the
-critic learns from, by name, and its `critic_loss` is like `loss` but finds these in `draw`. After each step of the
-student the engine steps the critic's own optimizer on what that step made.
+An objective with a critic also has `make_critic`, and `critic_loss` like `loss`; the engine steps the critic's own
+optimizer `critic_steps` times before each step of the student.
 """
 
 import math
@@ -59,7 +58,7 @@ class Objective:
 
     # What options of these names must be, in every objective that has them.
     SHARES = ("flow", "keep", "grid", "real", "hold")
-    COUNTS = ("levels", "pairs", "solver_steps")
+    COUNTS = ("levels", "pairs", "solver_steps", "critic_steps")
     POSITIVE = ("rate", "critic_rate", "alpha", "q", "clip", "anchor", "anchor_end", "steady")
 
     needs_condition = True  # does the network embed d?
@@ -68,6 +67,7 @@ class Objective:
     keeps_velocity = True  # is u(x_t, t, 0) still the velocity when it has trained?
     follows_progress = False  # does the loss change over the stage?
     pairs = 0  # (noise, image) pairs that the teacher generates before the stage begins
+    critic_steps = 0
     beta1 = None  # of Adam, for student and critic, where the run's will not do
     citations = ()  # keys of references.bib
 

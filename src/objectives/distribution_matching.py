@@ -21,14 +21,15 @@ class DistributionMatching(Objective):
     teacher's. With x^ = x_tau - tau v, the difference of scores is proportional to tau (v_teacher - v_samples).
 
     Args:
-        critic_rate: multiple of the run's learning rate, for the samples' score, five times the student's: the paper
-            takes five steps of it for each of the student's.
+        critic_rate: multiple of the run's learning rate, for the samples' score.
+        critic_steps: its steps for each of the student's; the paper takes five.
         told: whether that score is told the NFE, as d = 1/NFE; else one score serves the samples of all three.
         hold: share of the batch that regresses the teacher's jumps before the last.
     """
 
     rate: float = 0.1
     critic_rate: float = 0.5
+    critic_steps: int = 1
     told: bool = False
     hold: float = 0.25
 
@@ -55,13 +56,11 @@ class DistributionMatching(Objective):
             "hold": hold,
             "tau": 0.02 + 0.96 * torch.rand(batch_size),
             "tau_noise": torch.randn(shape),
-            "critic_tau": 0.02 + 0.96 * torch.rand(batch_size),
-            "critic_tau_noise": torch.randn(shape),
         }
 
     def loss(
         self, nets: Nets, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         x_t, t, s, held, moved = self._starts(nets.student, data, noise, draw)
         with eval_mode(nets.student):
             x_s = nets.student.jump(x_t, t, s)
@@ -75,19 +74,20 @@ class DistributionMatching(Objective):
         # A held jump counts as its mean velocity.
         loss = torch.where(s > 0, loss / (t - s).square(), loss)
         each = loss.detach()
-        return loss, {"loss_hold": each[held], "loss_matching": each[moved]}, {"made": x_s.detach()}
+        return loss, {"loss_hold": each[held], "loss_matching": each[moved]}
 
     def critic_loss(
         self, nets: Nets, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The velocity's regression on samples: the rows that were not held to the teacher."""
-        names = "made", "hold", "nfe", "critic_tau", "critic_tau_noise"
-        x_0, hold, nfe, tau, tau_noise = (draw[name].to(data.device, non_blocking=True) for name in names)
-        moved = (~draw["hold"]).nonzero().squeeze(1).to(data.device, non_blocking=True)
+        """The velocity's regression on samples."""
+        nfe, tau, tau_noise = (draw[name].to(data.device, non_blocking=True) for name in ("nfe", "tau", "tau_noise"))
+        x_t, t, s = roll_out(nets.student, noise, draw["nfe"], draw["nfe"] - 1)
+        with torch.no_grad(), eval_mode(nets.student):
+            x_0 = nets.student.jump(x_t, t, s)
         x_tau = self.scheduler.forward_process(x_0, tau_noise, tau)
         v = nets.critic.predict(x_tau, tau, 1 / nfe if self.told else None)
         loss = squared_error(v, self.scheduler.get_target(x_0, tau_noise, tau))
-        return torch.where(hold, 0.0, loss), {"loss_critic": loss.detach()[moved]}
+        return loss, {"loss_critic": loss.detach()}
 
     def _starts(self, student, data: Tensor, noise: Tensor, draw: dict[str, Tensor]):
         """States x_t and jumps (t, s), and which rows are held and which are moved."""

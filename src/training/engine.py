@@ -164,7 +164,7 @@ class Loss(nn.Module):
     """An objective's loss as a forward pass, which is what DDP synchronises the gradients of.
 
     Args:
-        loss: `loss` or `critic_loss` of an objective; all that it returns is returned.
+        loss: `loss` or `critic_loss` of an objective.
         trained: the one of `nets` that it trains.
     """
 
@@ -198,7 +198,7 @@ def seed_step(seed: int, step: int, stream: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0]))
 
 
-CRITIC = 1_000_000  # the random stream of a critic's first weights
+CRITIC = 1_000_000  # the random streams of the critic's batches and of its first weights begin here
 
 
 def global_batch(
@@ -209,6 +209,7 @@ def global_batch(
     step: int,
     world: World,
     pairs: tuple[np.ndarray, np.ndarray] | None = None,
+    stream: int = 0,
 ):
     """This process's rows of the step's batch: data, noise [B, 3, H, W], and the objective's draws.
 
@@ -216,9 +217,10 @@ def global_batch(
 
     Args:
         pairs: noise and images, for the rows where the objective draws a "pair".
+        stream: 0 for the student; each of the critic's rounds in a step has its own, and another order of the images.
     """
-    seed_step(seed, step, 0)
-    data = to_batch(images, batch_indices(len(images), batch_size, seed, step))
+    seed_step(seed, step, stream)
+    data = to_batch(images, batch_indices(len(images), batch_size, seed + stream, step))
     noise = torch.randn_like(data)
     draw = objective.draw(tuple(data.shape))
     rows = slice(world.rank * batch_size // world.size, (world.rank + 1) * batch_size // world.size)
@@ -243,14 +245,12 @@ def accumulate_gradient(
     slices: int = 1,
     bf16: bool = False,
     world: World = World(),  # noqa: B008 (an immutable tuple)
-) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+) -> dict[str, list[Tensor]]:
     """Add the gradient of the batch's mean loss to the model's, computed slice by slice.
 
-    Returns: this process's per-sample losses ("loss") and the objective's logs, a list of 1-d tensors for each; and
-        what a critic learns from, [B, ...] each.
+    Returns: this process's per-sample losses ("loss") and the objective's logs, a list of 1-d tensors for each.
     """
     logs: dict[str, list[Tensor]] = {}
-    made: list[dict[str, Tensor]] = []
     size = len(data) // slices
     for i in range(slices):
         rows = slice(i * size, (i + 1) * size)
@@ -259,12 +259,11 @@ def accumulate_gradient(
             # next pass, which would then train nothing.
             with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
                 part = {name: value[rows] for name, value in draw.items()}
-                loss, parts, *rest = loss_module(data[rows], noise[rows], progress, part)
+                loss, parts = loss_module(data[rows], noise[rows], progress, part)
             (loss.sum() / len(data)).backward()  # DDP averages over processes of equal shares
         for name, value in {"loss": loss.detach(), **parts}.items():
             logs.setdefault(name, []).append(value)
-        made += rest
-    return logs, {name: torch.cat([part[name] for part in made]) for name in (made[0] if made else ())}
+    return logs
 
 
 class Training:
@@ -304,15 +303,14 @@ class Training:
         model, recipe, objective = self.model, self.recipe, self.stages[index].objective
         self.index, self.pairs = index, None
         self.first_step = sum(stage.steps for stage in self.stages[:index])
-        teacher = None
+        teacher = critic = None
         if objective.needs_teacher:
             model.objective = self.stages[index - 1].objective if index else self.started_from
             teacher = copy.deepcopy(model).eval().requires_grad_(False)
             self._compile(teacher.network)
-        seed_step(recipe.seed, self.first_step, CRITIC)
-        critic = objective.make_critic(model, self.images.shape[1:])
-        if critic is not None:
-            critic.to(model.device)
+        if objective.critic_steps:
+            seed_step(recipe.seed, self.first_step, CRITIC)
+            critic = objective.make_critic(model, self.images.shape[1:]).to(model.device)
             self._compile(critic.network if hasattr(critic, "predict") else critic)
         model.objective = self.ema.model.objective = objective
         self.nets = Nets(model, self.ema.model, teacher, critic)
@@ -347,32 +345,36 @@ class Training:
         if self.at_end_of_stage() and self.index + 1 < len(self.stages):
             self.model.load_state_dict(self.ema.model.state_dict())
             self._begin(self.index + 1)
-        recipe, world, objective, critic = self.recipe, self.world, self.stage.objective, self.nets.critic
+        recipe, objective, critic = self.recipe, self.stage.objective, self.nets.critic
         if objective.pairs and self.pairs is None:
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-                self.pairs = load_pairs(self.nets.teacher, self.images.shape[1:], objective, recipe.seed, world)
+                self.pairs = load_pairs(self.nets.teacher, self.images.shape[1:], objective, recipe.seed, self.world)
 
         most_warmup = self.stage.steps // 10 if self.index else None
         lr = recipe.learning_rate(self.steps - self.first_step, most_warmup) * objective.fall(self.progress)
-        data, noise, draw = global_batch(
-            self.images, objective, recipe.batch_size, recipe.seed, self.steps, world, self.pairs
-        )
-        how = self.progress, self.slices, self.bf16, world
-        seed_step(recipe.seed, self.steps, 1 + world.rank)  # for dropout
-        if critic is not None:
+        logs = {}
+        for i in range(objective.critic_steps):
+            critic.requires_grad_(True)
+            found = self._accumulate(self.critic_loss_module, stream=CRITIC + 1 + i)
+            logs |= {name: values for name, values in found.items() if name != "loss"}
+            self._apply(self.critic_optimizer, critic, lr * objective.critic_rate)
             critic.requires_grad_(False)
-        logs, made = accumulate_gradient(self.loss_module, data, noise, draw, *how)
+        logs |= self._accumulate(self.loss_module, stream=0)
         self.lr = lr * objective.rate
         norm = self._apply(self.optimizer, self.model, self.lr)
-        if critic is not None:
-            critic.requires_grad_(True)
-            found, _ = accumulate_gradient(self.critic_loss_module, data, noise, draw | made, *how)
-            logs = found | logs  # the loss is the student's
-            self._apply(self.critic_optimizer, critic, lr * objective.critic_rate)
         self.steps += 1
         self.ema.update(self.model, self.steps - self.first_step)
         self.power_ema.update(self.model, self.steps - self.first_step)
         return logs, norm
+
+    def _accumulate(self, loss_module: nn.Module, stream: int) -> dict[str, list[Tensor]]:
+        recipe, world, stage = self.recipe, self.world, self.stage
+        pairs = None if stream else self.pairs
+        batch = global_batch(
+            self.images, stage.objective, recipe.batch_size, recipe.seed, self.steps, world, pairs, stream
+        )
+        seed_step(recipe.seed, self.steps, stream + 1 + world.rank)  # for dropout
+        return accumulate_gradient(loss_module, *batch, self.progress, self.slices, self.bf16, world)
 
     def _apply(self, optimizer: torch.optim.Optimizer, module: nn.Module, lr: float) -> Tensor:
         for group in optimizer.param_groups:

@@ -1,0 +1,154 @@
+"""What a sampler may choose for a frozen model: its times (after Tong et al., arXiv:2405.15506), and how it smooths."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+from tqdm import tqdm
+
+from custom_model import create_custom_model
+from src.images import read_rgb, split_paths, to_pixels
+from src.objectives import make_objective
+from src.utils import UserError, load_model, objective_of, read_checkpoint, save_model, tensor_to_pil_image
+
+REFERENCE_STEPS = 64  # Euler steps to the ends that few steps should reach as well
+SIGMAS = (2, 3, 4, 6, 8, 12, 16)  # of smoothing, in 8-bit levels
+
+
+def search_grid(model, nfe: int, count: int = 64, seed: int = 0) -> tuple[list[float], dict[str, float]]:
+    """Times from 1 to 0 in `nfe` jumps whose samples end nearest to those of the model's ODE from the same noise
+    (the paper's eq. 5).
+
+    The paper descends the gradient through the solver; for a handful of times, Nelder and Mead's method needs no more
+    network calls. It searches the logarithms of the jumps' lengths on half of the noise; the other half tells whether
+    what it found holds beyond it.
+
+    Args:
+        count: noise samples.
+    Returns: the grid, and mean squared errors on the other half: "uniform", "found".
+    Raises: UserError if there are no times to search.
+    """
+    if nfe < 2 or count < 4:
+        raise UserError(f"times are searched from NFE 2 on, with 4 noise samples or more, got NFE {nfe} and {count}")
+    if not model.objective.keeps_velocity:
+        raise UserError(f"{type(model.objective).__name__} leaves no velocity to follow: search the model before it")
+    model, path = copy.deepcopy(model), copy.deepcopy(model)
+    path.objective = make_objective("rectified_flow", path.scheduler)  # its samples follow the velocity
+    half = count // 2
+
+    def samples(sampler, steps: int, first: int) -> Tensor:
+        noise = [torch.Generator().manual_seed(seed + i) for i in range(first, first + half)]
+        return sampler.sample((half, 3, model.image_size, model.image_size), steps, generator=noise)
+
+    wanted = {first: samples(path, REFERENCE_STEPS, first) for first in (0, half)}
+
+    def error(grid: list[float], first: int) -> float:
+        if sorted(set(grid), reverse=True) != grid:  # two times that are the same after rounding
+            return math.inf
+        model.scheduler.time_grids[nfe] = grid
+        return (samples(model, nfe, first) - wanted[first]).square().mean().item()
+
+    def grid_of(logs: np.ndarray) -> list[float]:
+        lengths = np.exp(np.concatenate([logs, [0.0]]))
+        return [1.0, *(1 - lengths.cumsum() / lengths.sum())[:-1].round(4).tolist(), 0.0]
+
+    start = np.zeros(nfe - 1)
+    simplex = np.vstack([start, 0.5 * np.eye(nfe - 1)])
+    with tqdm(desc=f"times for NFE {nfe}", unit=" grids") as progress:
+
+        def searched(logs: np.ndarray) -> float:
+            progress.update()
+            return error(grid_of(logs), 0)
+
+        options = {"initial_simplex": simplex, "xatol": 0.02, "fatol": 1e-5}
+        found = grid_of(minimize(searched, start, method="Nelder-Mead", options=options).x)
+    return found, {"uniform": error(grid_of(start), half), "found": error(found, half)}
+
+
+def neighbour_differences(pixels: np.ndarray) -> np.ndarray:
+    """Quantiles of log(1 + |difference|) of pixels side by side or one above the other; uint8 [N, H, W, 3]."""
+    x = pixels.astype(np.int16)
+    both = [np.abs(np.diff(x, axis=axis)).ravel() for axis in (1, 2)]
+    return np.quantile(np.log1p(np.concatenate(both)), np.linspace(0.005, 0.995, 199))
+
+
+def search_smoothing(model, nfe: int, pixels: np.ndarray, count: int = 128, seed: int = 0) -> dict[float, float]:
+    """How far neighbouring pixels of `count` smoothed samples differ otherwise than those of real images do.
+
+    The distance is the mean difference of `neighbour_differences`, a Wasserstein distance; no network takes part.
+
+    Args:
+        pixels: training images, uint8 [N, H, W, 3].
+    Returns: the distance for each sigma, 0 for samples as they are.
+    """
+    model = copy.deepcopy(model)
+    model.scheduler.smoothing.clear()
+    noise = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    samples = model.sample((count, 3, model.image_size, model.image_size), nfe, generator=noise)
+    wanted, found = neighbour_differences(pixels), {}
+    for sigma in (0.0, *(round(level / 127.5, 4) for level in SIGMAS)):
+        model.scheduler.smoothing = {nfe: sigma} if sigma else {}
+        images = tensor_to_pil_image(model.scheduler.smooth(samples, nfe))
+        made = neighbour_differences(np.stack([np.asarray(image) for image in images]))
+        found[sigma] = float(np.abs(made - wanted).mean())
+    return found
+
+
+def choose_smoothing(
+    checkpoint: Path, out: Path, nfes: list[int], count: int, seed: int, data: tuple[str, str], device: torch.device
+) -> None:
+    """Write a checkpoint's weights to `out`, with a config of the smoothing that suits its samples at each NFE.
+
+    Args:
+        data: folder of the images, and of the split files.
+    """
+    model = load_model(checkpoint, create_custom_model, device)
+    resized = to_pixels(model.image_size)
+    paths = split_paths(data[0], "train", data[1])
+    images = [tensor_to_pil_image(resized(read_rgb(path))) for path in tqdm(paths, desc="training images")]
+    pixels = np.stack([np.asarray(image) for image in images])
+    chosen = {}
+    for nfe in nfes:
+        found = search_smoothing(model, nfe, pixels, count, seed)
+        best = min(found, key=found.get)
+        if best:
+            chosen[str(nfe)] = best
+        print(f"NFE {nfe}: sigma {best:g}, distance of neighbours {found[best]:.4f}, unsmoothed {found[0.0]:.4f}")
+    save_chosen(model, checkpoint, out, ("tomasi1998bilateral",), smoothing=chosen)
+
+
+def choose_grids(checkpoint: Path, out: Path, nfes: list[int], count: int, seed: int, device: torch.device) -> None:
+    """Search a checkpoint's grids; write its weights to `out`, with a config of the grids that hold on other noise.
+
+    In a folder of their own, because a grid belongs to the weights it was searched for.
+    """
+    if min(nfes) < 2:
+        raise UserError(f"NFE {min(nfes)} has no times to choose: search from NFE 2 on")
+    model = load_model(checkpoint, create_custom_model, device)
+    model.scheduler.time_grids.clear()
+    chosen = {}
+    for nfe in nfes:
+        grid, errors = search_grid(model, nfe, count, seed)
+        better = errors["found"] < errors["uniform"]
+        if better:
+            chosen[str(nfe)] = grid
+        print(f"NFE {nfe}: {grid}, error {errors['found']:.5f}, uniform {errors['uniform']:.5f}"
+              f"{'' if better else ': no gain on other noise, left uniform'}")  # fmt: skip
+    save_chosen(model, checkpoint, out, ("tong2025learning",), time_grids=chosen)
+
+
+def save_chosen(model, checkpoint: Path, out: Path, citations: tuple[str, ...], **settings: dict) -> None:
+    """Write a checkpoint's weights and its config to `out`, with these settings by NFE put over its own."""
+    saved = read_checkpoint(checkpoint)
+    provenance = dict(saved.get("provenance", {}))
+    provenance["citations"] = list(dict.fromkeys([*provenance.get("citations", []), *citations]))
+    config = json.loads(checkpoint.with_name("model_config.json").read_text()) | objective_of(saved)
+    for name, chosen in settings.items():
+        config[name] = {**(config.get(name) or {}), **chosen}
+    save_model(model, out / checkpoint.name, config, provenance=provenance)
+    print(f"written to {out}")
