@@ -18,11 +18,11 @@ from dataset import SimpsonsDataModule
 from src.evaluation import features as room
 from src.evaluation.distances import frechet_distance
 from src.evaluation.reference import write_reference
+from src.evaluation.sampler import search_grid, search_smoothing
 from src.evaluation.scoring import Scorer
-from src.evaluation.time_grid import search_grid
 from src.images import to_pixels
 from src.objectives import make_objective
-from src.utils import UserError, load_model, save_model
+from src.utils import UserError, load_model, save_model, tensor_to_pil_image
 
 
 def random_features(count, width, seed):
@@ -49,6 +49,47 @@ def test_searched_times_are_better_than_uniform_ones(workdir):
     model.objective = make_objective("adversarial", model.scheduler)
     with pytest.raises(UserError, match="Adversarial leaves no velocity to follow"):
         search_grid(model, 2)
+
+
+class Blocks(torch.nn.Module):
+    """One jump from noise goes to even blocks, with a share of the noise left."""
+
+    use_additional_condition = False
+
+    def __init__(self, grain: float):
+        super().__init__()
+        self.grain = torch.nn.Parameter(torch.tensor(grain))
+        colours = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
+        self.register_buffer("image", colours.repeat_interleave(4, 1).repeat_interleave(4, 2))
+
+    def forward(self, x, timestep):
+        return x - (self.image + self.grain * x)
+
+
+def test_smoothing_is_searched_where_there_is_grain():
+    for grain in (0.03, 0.0):
+        network = Blocks(grain)
+        model = CustomGenerativeModel(network, CustomScheduler(), objective="rectified_flow", image_size=16)
+        pixels = np.stack([np.asarray(tensor_to_pil_image(network.image))] * 3)
+        found = search_smoothing(model, 1, pixels, count=8)
+        best = min(found, key=found.get)
+        assert (best > 0 and found[best] < 0.5 * found[0.0]) if grain else (best == 0 and found[0.0] < 0.01)
+        assert not model.scheduler.smoothing  # the model itself is left as it was
+
+
+def test_smoothing_command_writes_what_sampling_reads(workdir, faces, randomised, script_env):
+    model = randomised(create_custom_model(unet="small", image_size=32, objective="rectified_flow"))
+    config = {"unet": "small", "image_size": 32, "objective": "rectified_flow", "smoothing": {"3": 0.5}}
+    save_model(model, "run/model.pt", config, provenance={"citations": ["liu2023flow"]})
+    command = [sys.executable, "-m", "src.evaluation", "smoothing", "--checkpoint", "run/model.pt", "--nfe", "2",
+               "--out", "smooth", "--count", "8", "--data_root", str(faces), "--split_dir", str(faces)]  # fmt: skip
+    result = subprocess.run(command, cwd=workdir, env=script_env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    loaded = load_model("smooth/model.pt", create_custom_model)
+    told = float(result.stdout.split("sigma ")[1].split(",")[0])
+    assert told > 0 and loaded.scheduler.smoothing == {3: 0.5, 2: told}  # noise has more grain than faces
+    cited = torch.load("smooth/model.pt", weights_only=True)["provenance"]["citations"]
+    assert cited == ["liu2023flow", "tomasi1998bilateral"]
 
 
 def test_time_grid_command_writes_what_sampling_reads(workdir, randomised, script_env):

@@ -81,6 +81,31 @@ def test_time_grid_of_the_config_is_walked():
             CustomScheduler(time_grids={"2": bad})
 
 
+def test_smoothing_takes_grain_from_even_areas_and_leaves_edges():
+    scheduler = CustomScheduler(smoothing={"2": 0.06})  # JSON has string keys
+    halves = torch.full((4, 3, 16, 16), -0.5)
+    halves[..., 8:] = 0.5
+    grain = 0.03 * torch.randn(halves.shape, generator=torch.Generator().manual_seed(0))
+    smooth = scheduler.smooth(halves + grain, 2)
+    assert (smooth - halves).std() < 0.4 * grain.std()
+    assert (smooth - halves)[..., 7:9].std() < 0.5 * grain.std()  # a plain mean would be off by a third of the step
+    torch.testing.assert_close(scheduler.smooth(halves, 2), halves)
+    assert torch.equal(scheduler.smooth(halves + grain, 1), halves + grain)  # an NFE that is not named
+    with pytest.raises(UserError, match="smoothing for NFE 2 must be a positive number, got 0.0"):
+        CustomScheduler(smoothing={"2": 0})
+
+
+def test_samples_are_smoothed_as_the_config_says(randomised):
+    model = randomised(create_custom_model(unet="small", image_size=32))
+    noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    plain = model.sample(noise.shape, 2, return_traj=True, noise=noise)
+    model.scheduler = CustomScheduler(smoothing={2: 0.1})
+    smooth = model.sample(noise.shape, 2, return_traj=True, noise=noise)
+    assert torch.equal(smooth[1], plain[1]) and not torch.equal(smooth[2], plain[2])
+    assert torch.equal(smooth[2], model.scheduler.smooth(plain[2], 2))
+    assert torch.equal(model.sample(noise.shape, 2, noise=noise), smooth[2])
+
+
 def test_a_flow_without_jumps_is_asked_for_the_velocity_even_with_a_condition():
     network = GaussianFlow()
     asked = []
