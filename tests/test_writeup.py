@@ -25,6 +25,8 @@ def trained(tmp_path_factory, faces) -> Path:
     train = "--unet small --image_size 32 --stages rectified_flow:0.5,alpha_flow/alpha=0.25:0.5 --num_iterations 4"
     train += " --batch_size 4 --save_interval 1 --log_interval 1 --save_dir run"
     run_script(folder, ROOT / "train.py", *train.split(), *flags)
+    smoothing = "-m src.evaluation smoothing --checkpoint run/final_model.pt --out run/smooth --nfe 2 --count 4"
+    run_script(folder, *smoothing.split(), *flags)
     return folder
 
 
@@ -32,7 +34,7 @@ def trained(tmp_path_factory, faces) -> Path:
 def project(trained, tmp_path, tiny_network, faces) -> Path:
     folder = tmp_path / "project"
     if not (trained / "run/report").is_dir():
-        report = "--checkpoint run/final_model.pt --out run/report --samples 16 --seeds 2 --sweep 1 --device cpu"
+        report = "--checkpoint run/smooth/final_model.pt --out run/report --samples 16 --seeds 2 --sweep 1 --device cpu"
         flags = ["--data_root", faces, "--split_dir", faces, "--features", tiny_network]
         run_script(trained, "-m", "src.evaluation", "report", *report.split(), *flags)
     shutil.copytree(trained, folder)
@@ -59,7 +61,7 @@ def test_write_up_is_whole_and_keeps_the_teams_words(project):
     result = build(project)
     assert result.returncode == 0, result.stderr
     pdf = project / "writeup/writeup.pdf"
-    provenance = torch.load(project / "run/final_model.pt", weights_only=True)["provenance"]
+    provenance = torch.load(project / "run/smooth/final_model.pt", weights_only=True)["provenance"]
     judged = list(judge(pdf, project / "references.bib", provenance))
     assert [name for name, _, _ in judged] == ["write-up pages", "write-up parts", "citations"]
     assert [fault for _, fault, _ in judged] == ["", "", ""]
@@ -71,6 +73,8 @@ def test_write_up_is_whole_and_keeps_the_teams_words(project):
         "alpha=0.25",
         "24 training images",
         f"{report['nfe']['1']['ratio']:.2f}",
+        f"training images: {report['sampler']['smoothing']['2']} at NFE 2",
+        "Bilateral filtering",
     )
     for words_of in told:
         assert letters(words_of) in letters(text), words_of  # lines may break anywhere

@@ -142,6 +142,10 @@ def check_keys(keys: list[str], known: set[str]) -> None:
         raise Fault(f"references.bib has no entry {', '.join(unknown)}: add it")
 
 
+def by_nfe(values: dict[str, float | list[float]]) -> str:
+    return "; ".join(f"{str(value).strip('[]')} at NFE {nfe}" for nfe, value in values.items())
+
+
 def in_words(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds / 60:.0f} minutes"
 
@@ -156,9 +160,12 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
                   f"--out {report}")  # fmt: skip
     if scored["provenance"].get("stages") != records[-1]["stages"]:
         raise Fault(f"{report} is of another model than {runs[-1]} trained: write it again")
+    if "sampler" not in scored:
+        raise Fault(f"{report} is of an older version: write it again")
     known = set(re.findall(r"@\w+\{([^,\s]+),", BIBLIOGRAPHY.read_text()))
     last = records[-1]
-    check_keys([*last["citations"], *scored["citations"]], known)
+    cited = scored["provenance"]["citations"]  # the training's, and what the sampler was given since
+    check_keys([*cited, *scored["citations"]], known)
     settings, model = last["arguments"], last["model_config"]
     sessions = [session for record in records for session in record["sessions"]]
     devices = dict.fromkeys(f"{session['processes']} x {session['environment']['chip']}" for session in sessions)
@@ -166,7 +173,8 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
     nfes = list(scored["nfe"])
     data = {
         "stages": stages(runs, records, (HERE / "methods.typ").read_text(), known),
-        "citations": last["citations"],
+        "citations": cited,
+        "sampler": {name: by_nfe(values) for name, values in scored["sampler"].items()},
         "settings": f"AdamW, seed {settings['seed']}, times {settings['time_sampling'].replace('_', ' ')}"
         + ("" if full else f", a {model['unet']} U-Net at {model['image_size']} px: an experiment, no submission"),
         "images": ", ".join(

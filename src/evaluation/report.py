@@ -125,6 +125,7 @@ def report(args) -> None:
         "size": size,
         "picture seed": args.seed,
         "provenance": read_checkpoint(args.checkpoint).get("provenance", {}),
+        "sampler": {"time_grids": model.net.scheduler.time_grids, "smoothing": model.net.scheduler.smoothing},
         "samples": args.samples,
         "sampling seeds": args.seeds,
         "training images": len(train.pixels),
