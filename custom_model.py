@@ -95,8 +95,9 @@ class CustomScheduler(BaseScheduler):
     def smooth(self, x: Tensor, nfe: int) -> Tensor:
         """Samples [B, C, H, W] of `nfe` jumps, without the grain that few jumps leave in even areas.
 
-        Twice, a pixel becomes the mean of the 3x3 around it, weighed by exp(-difference^2 / (2 sigma^2)), which leaves
-        edges alone: the bilateral filter of Tomasi and Manduchi (ICCV 1998, eq. 5) with a flat window.
+        Twice, a pixel becomes the mean of the 3x3 around it, weighed by exp(-difference^2 / (2 sigma^2)), the squared
+        difference a mean over channels; this leaves edges alone. It is the bilateral filter of Tomasi and Manduchi
+        (ICCV 1998) with a flat window. sigma is in units of x, whose range is about [-1, 1].
         """
         sigma = self.smoothing.get(nfe)
         if sigma is None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import cleanfid.fid
 import numpy as np
@@ -18,7 +19,7 @@ from dataset import SimpsonsDataModule
 from src.evaluation import features as room
 from src.evaluation.distances import frechet_distance
 from src.evaluation.reference import write_reference
-from src.evaluation.sampler import search_grid, search_smoothing
+from src.evaluation.sampler import save_chosen, search_grid, search_smoothing
 from src.evaluation.scoring import Scorer
 from src.images import to_pixels
 from src.objectives import make_objective
@@ -88,8 +89,17 @@ def test_smoothing_command_writes_what_sampling_reads(workdir, faces, randomised
     loaded = load_model("smooth/model.pt", create_custom_model)
     told = float(result.stdout.split("sigma ")[1].split(",")[0])
     assert told > 0 and loaded.scheduler.smoothing == {3: 0.5, 2: told}  # noise has more grain than faces
+    bad = subprocess.run([*command, "--nfe", "0"], cwd=workdir, env=script_env, capture_output=True, text=True)
+    assert bad.returncode == 1 and "at least 1, got NFE 0" in bad.stderr and "Traceback" not in bad.stderr
     cited = torch.load("smooth/model.pt", weights_only=True)["provenance"]["citations"]
     assert cited == ["liu2023flow", "tomasi1998bilateral"]
+
+
+def test_what_the_search_found_no_use_for_is_unset(workdir, randomised):
+    model = randomised(create_custom_model(unet="small", image_size=32))
+    save_model(model, "run/model.pt", {"unet": "small", "image_size": 32, "smoothing": {"1": 0.5, "2": 0.5}})
+    save_chosen(model, Path("run/model.pt"), Path("out"), ("liu2023flow",), smoothing={"1": None, "4": 0.1})
+    assert load_model("out/model.pt", create_custom_model).scheduler.smoothing == {2: 0.5, 4: 0.1}
 
 
 def test_time_grid_command_writes_what_sampling_reads(workdir, randomised, script_env):

@@ -12,12 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from custom_model import create_custom_model
+from src.evaluation.scoring import evenly
 from src.images import read_rgb, split_paths, to_pixels
 from src.objectives import make_objective
 from src.utils import UserError, load_model, objective_of, read_checkpoint, save_model, tensor_to_pil_image
 
 REFERENCE_STEPS = 64  # Euler steps to the ends that few steps should reach as well
 SIGMAS = (2, 3, 4, 6, 8, 12, 16)  # of smoothing, in 8-bit levels
+MOST_IMAGES = 1000  # of the training images, evenly spaced: their pixels' differences are sorted in memory
 
 
 def search_grid(model, nfe: int, count: int = 64, seed: int = 0) -> tuple[list[float], dict[str, float]]:
@@ -107,17 +109,19 @@ def choose_smoothing(
     Args:
         data: folder of the images, and of the split files.
     """
+    if min(nfes) < 1 or count < 1:
+        raise UserError(f"smoothing takes NFEs and samples of at least 1, got NFE {min(nfes)} and {count} samples")
     model = load_model(checkpoint, create_custom_model, device)
     resized = to_pixels(model.image_size)
     paths = split_paths(data[0], "train", data[1])
+    paths = [paths[i] for i in evenly(len(paths), MOST_IMAGES)]
     images = [tensor_to_pil_image(resized(read_rgb(path))) for path in tqdm(paths, desc="training images")]
     pixels = np.stack([np.asarray(image) for image in images])
     chosen = {}
     for nfe in nfes:
         found = search_smoothing(model, nfe, pixels, count, seed)
         best = min(found, key=found.get)
-        if best:
-            chosen[str(nfe)] = best
+        chosen[str(nfe)] = best or None
         print(f"NFE {nfe}: sigma {best:g}, distance of neighbours {found[best]:.4f}, unsmoothed {found[0.0]:.4f}")
     save_chosen(model, checkpoint, out, ("tomasi1998bilateral",), smoothing=chosen)
 
@@ -135,20 +139,20 @@ def choose_grids(checkpoint: Path, out: Path, nfes: list[int], count: int, seed:
     for nfe in nfes:
         grid, errors = search_grid(model, nfe, count, seed)
         better = errors["found"] < errors["uniform"]
-        if better:
-            chosen[str(nfe)] = grid
+        chosen[str(nfe)] = grid if better else None
         print(f"NFE {nfe}: {grid}, error {errors['found']:.5f}, uniform {errors['uniform']:.5f}"
               f"{'' if better else ': no gain on other noise, left uniform'}")  # fmt: skip
     save_chosen(model, checkpoint, out, ("tong2025learning",), time_grids=chosen)
 
 
 def save_chosen(model, checkpoint: Path, out: Path, citations: tuple[str, ...], **settings: dict) -> None:
-    """Write a checkpoint's weights and its config to `out`, with these settings by NFE put over its own."""
+    """Write a checkpoint's weights to `out`; in its config these settings by NFE go over its own, None unsets."""
     saved = read_checkpoint(checkpoint)
     provenance = dict(saved.get("provenance", {}))
     provenance["citations"] = list(dict.fromkeys([*provenance.get("citations", []), *citations]))
     config = json.loads(checkpoint.with_name("model_config.json").read_text()) | objective_of(saved)
     for name, chosen in settings.items():
-        config[name] = {**(config.get(name) or {}), **chosen}
+        merged = {**(config.get(name) or {}), **chosen}
+        config[name] = {nfe: value for nfe, value in merged.items() if value is not None}
     save_model(model, out / checkpoint.name, config, provenance=provenance)
     print(f"written to {out}")
