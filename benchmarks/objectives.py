@@ -25,11 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from custom_model import create_custom_model
 from src.evaluation.intervals import mean_interval
-from src.evaluation.scoring import NFES, Scorer
+from src.evaluation.scoring import Scorer
 from src.objectives import make_objective, parse_stages
 from src.training.engine import Recipe, Stage, Training, plan
 from src.training.record import environment
 from src.utils import (
+    NFES,
     UserError,
     labelled_grid,
     load_model,

@@ -17,6 +17,7 @@ import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+NFES = (1, 2, 4)  # network calls, at which the challenge scores
 CACHE = Path("data/cache")  # arrays named by their content; may be deleted at any time
 
 

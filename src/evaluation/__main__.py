@@ -10,10 +10,9 @@ from src.evaluation.features import folder_features, load_features, official_inc
 from src.evaluation.reference import image_files, write_reference
 from src.evaluation.report import SWEEP, report
 from src.evaluation.sampler import choose_grids, choose_smoothing
-from src.evaluation.scoring import NFES
 from src.evaluation.speed import speed
 from src.images import DATA_ROOT, read_rgb, split_paths, to_pixels
-from src.utils import one_line_errors, pick_device
+from src.utils import NFES, one_line_errors, pick_device
 
 FEATURES = "TorchScript network; left out, the official Inception network, for the FID"
 

@@ -14,8 +14,9 @@ from src.evaluation.failures import copies, failure_rates, nearest
 from src.evaluation.features import Features, load_features, official_inception
 from src.evaluation.intervals import at_infinity, mean_interval
 from src.evaluation.page import Figures, write_page
-from src.evaluation.scoring import NFES, Data, draw_images, evenly, image_features
+from src.evaluation.scoring import Data, draw_images, evenly, image_features
 from src.utils import (
+    NFES,
     UserError,
     cached_array,
     labelled_grid,

@@ -14,9 +14,7 @@ from tqdm import tqdm
 from src.evaluation.distances import frechet_distance
 from src.evaluation.features import Features, load_features, official_inception
 from src.images import read_rgb, split_paths, to_pixels
-from src.utils import UserError, cached_array, tensor_to_pil_image
-
-NFES = (1, 2, 4)
+from src.utils import NFES, UserError, cached_array, tensor_to_pil_image
 
 
 def image_features(images: Sequence[Image.Image], features: Features, device: torch.device, batch_size: int = 64):

@@ -8,8 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from custom_model import create_custom_model
-from src.evaluation.scoring import NFES
-from src.utils import UserError, load_model, pick_device
+from src.utils import NFES, UserError, load_model, pick_device
 
 
 def seconds(work, device: torch.device, repeats: int) -> float:

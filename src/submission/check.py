@@ -16,13 +16,12 @@ from PIL import Image
 
 from src.evaluation.failures import nearest
 from src.evaluation.features import OFFICIAL
-from src.evaluation.scoring import NFES
 from src.faces import write_dataset
 from src.images import read_rgb, split_paths, to_pixels
 from src.submission import environment
 from src.submission.contents import CONFIG, LOADER, REQUIRED, WRITEUP, altered_files
 from src.training.export import TARGET
-from src.utils import UserError, tensor_to_pil_image
+from src.utils import NFES, UserError, tensor_to_pil_image
 
 LIMIT = 256  # MiB: one float32 checkpoint of the network fits, two do not
 WEIGHTS = {".pt", ".pth", ".ckpt", ".safetensors", ".onnx", ".bin", ".npz", ".npy", ".pkl"}

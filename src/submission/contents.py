@@ -4,10 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-from src.evaluation.scoring import NFES
 from src.submission.base_code import MANIFEST, faults, sha256
 from src.training.export import TARGET
-from src.utils import UserError, objective_of, read_checkpoint, write_json
+from src.utils import NFES, UserError, objective_of, read_checkpoint, write_json
 
 SCRIPTS = ("custom_model.py", "train.py", "dataset.py", "sampling.py", "measure_fid.py")
 FROZEN = [name for name, official in MANIFEST.items() if official["frozen"]]

@@ -13,12 +13,10 @@ import matplotlib
 import numpy as np
 import torch
 
-from src.utils import labelled_grid, replacing, tensor_to_pil_image, write_json
+from src.utils import NFES, labelled_grid, replacing, tensor_to_pil_image, write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-
-PREVIEW_NFES = (1, 2, 4)
 
 
 def environment(device: torch.device) -> dict:
@@ -135,10 +133,10 @@ def plot_curves(rows: list[dict], path: Path) -> None:
 def save_previews(model, save_dir: Path, step: int, seed: int, count: int = 8) -> None:
     """Samples from the same noise at each NFE as one labelled grid, and four single images at NFE 4."""
     rows = {}
-    for nfe in PREVIEW_NFES:
+    for nfe in NFES:
         noise = [torch.Generator().manual_seed(seed + i) for i in range(count)]
         images = model.sample((count, 3, model.image_size, model.image_size), nfe, generator=noise)
         rows[f"NFE {nfe}"] = tensor_to_pil_image(images)
     labelled_grid(rows).save(save_dir / f"iter={step}_grid.png")
-    for i, image in enumerate(rows[f"NFE {PREVIEW_NFES[-1]}"][:4]):
+    for i, image in enumerate(rows[f"NFE {NFES[-1]}"][:4]):
         image.save(save_dir / f"iter={step}_sample_{i}.png")
