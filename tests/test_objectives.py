@@ -37,7 +37,7 @@ VARIANTS = {
     "alpha_flow/anneal=12": "rectified_flow:0.5,alpha_flow/anneal=12:0.5",
     "alpha_flow/own=true": "rectified_flow:0.5,alpha_flow/own=true:0.5",
     "distribution_matching/told=true": "rectified_flow:0.5,distribution_matching/told=true:0.5",
-    "adversarial/critic=conv": "rectified_flow:0.5,adversarial/critic=conv/augmented=false:0.5",
+    "adversarial/critic=conv": "rectified_flow:0.8,adversarial/critic=conv/augmented=false:0.2",
 }
 del VARIANTS["progressive"], VARIANTS["adversarial"]
 ALONE = [*VARIANTS, "adversarial"]  # the encoder is a U-Net's, which the mixture has not

@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from unittest.mock import DEFAULT, patch
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from src.training.ema import PowerEMA, gamma_of
 from src.training.engine import Recipe, Training, train
 from src.utils import UserError
 
-STEPS = 120
+STEPS = 60
 
 
 def run(faces: str, save_dir: str, steps: int = STEPS) -> None:
@@ -31,7 +32,8 @@ def run(faces: str, save_dir: str, steps: int = STEPS) -> None:
     images, key = load_images(faces, faces, 32)
     model = create_custom_model(objective="shortcut", unet="small", image_size=32)
     recipe = Recipe(batch_size=4, num_iterations=steps, lr=1e-3, warmup=2, log_interval=1, save_interval=5)
-    train(model, {}, images, key, recipe, one_stage(model, steps, "shortcut"), Path(save_dir), {})
+    with patch.multiple("src.training.engine", save_previews=DEFAULT, plot_curves=DEFAULT):  # most of a save's time
+        train(model, {}, images, key, recipe, one_stage(model, steps, "shortcut"), Path(save_dir), {})
 
 
 def tensors(tree) -> list[torch.Tensor]:
@@ -64,7 +66,7 @@ def test_runs_killed_twenty_times_end_bitwise_equal_to_one_never_killed(faces, w
         while process.exitcode is None and lines() == before:  # a resumed run first drops the lines it will redo
             time.sleep(0.005)
         # At a random moment after a random number of steps: by the clock alone, a busy machine would never save.
-        seen, more = lines(), chance.randint(0, 8)
+        seen, more = lines(), chance.randint(0, 5)
         while process.exitcode is None and lines() < seen + more:
             time.sleep(0.005)
         process.join(chance.uniform(0, 0.1))
