@@ -17,6 +17,7 @@ from toy import one_stage
 
 import train as train_py
 from custom_model import create_custom_model
+from src.images import to_pixels
 from src.objectives import make_objective, parse_stages
 from src.objectives.contract import Nets
 from src.training.data import batch_indices, load_images, to_batch
@@ -420,6 +421,17 @@ def test_images_are_decoded_once_and_again_when_they_change(faces, workdir):
     Image.new("RGB", (64, 64)).save(changed / f"{first}.png")
     others, other_key = load_images(str(changed), str(changed), 32)
     assert other_key != key and others[0].max() == 0
+
+
+def test_small_images_are_the_same_from_full_size_files_and_from_the_challenges(workdir):
+    noise = Image.effect_noise((200, 200), 90).convert("RGB")
+    found = []
+    for folder, image in (("full", noise), ("kept", noise.resize((64, 64), Image.Resampling.BILINEAR))):
+        Path(folder).mkdir()
+        image.save(f"{folder}/1.png")
+        Path(folder, "train_split.txt").write_text("1\n")
+        found += [load_images(folder, folder, 32)[0][0] / 127.5 - 1, to_pixels(32)(image).numpy()]
+    assert all(np.allclose(found[0], one, atol=1e-6) for one in found[1:])
 
 
 def test_every_epoch_shows_every_image_once():

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision import transforms
 from tqdm import tqdm
 
-from src.images import ensure_root, read_rgb, split_paths
+from src.images import ensure_root, read_rgb, resized, split_paths
 from src.utils import cached_array
 
 
@@ -23,11 +23,11 @@ def load_images(root: str, split_dir: str, size: int) -> tuple[np.ndarray, str]:
     """
     ensure_root(root)
     paths = split_paths(root, "train", split_dir)
-    digest = hashlib.sha256(f"{size}x{size} RGB".encode())
+    digest = hashlib.sha256(f"{size}x{size} RGB{' of 64x64' if size < 64 else ''}".encode())
     for path in paths:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     key = digest.hexdigest()[:16]
-    resize = transforms.Compose([transforms.Resize((size, size)), transforms.PILToTensor()])
+    resize = transforms.Compose([resized(size), transforms.PILToTensor()])
 
     def decode() -> np.ndarray:
         return np.stack([resize(read_rgb(path)).numpy() for path in tqdm(paths, desc="decoding", unit="image")])
