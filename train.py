@@ -55,6 +55,7 @@ PRESETS = {
         lr=2e-4,
         warmup=500,
         lr_decay_start=2000,
+        micro_batch=128,
         save_interval=500,
         max_minutes=25,
     ),

@@ -1,4 +1,5 @@
-"""One process's share of a step's gradient, for test_distributed.py: torchrun ddp_worker.py FOLDER_OF_FACES OUT."""
+"""One process's share of a step's gradient, and what it hears of rank 0's checkpoint, for test_distributed.py:
+torchrun ddp_worker.py FOLDER_OF_FACES OUT."""
 
 import copy
 import sys
@@ -28,6 +29,9 @@ with joined("cpu") as (world, device):
     logs = accumulate_gradient(loss_module, data, noise, draw, 0.0, slices=2, world=world)
     mean = world.mean(torch.cat(logs["loss"]))
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    own = {"halves": noise.half().mT, "steps": [torch.tensor(7), 8], "images": data[0], "name": f"rank {world.rank}"}
+    heard = world.from_rank_0(lambda: own)
     torch.save(
-        {"gradient": gradient, "loss": mean, "noise": noise, "data": data}, f"{out}/{world.size}-{world.rank}.pt"
+        {"gradient": gradient, "loss": mean, "noise": noise, "data": data, "own": own, "heard": heard},
+        f"{out}/{world.size}-{world.rank}.pt",
     )

@@ -36,6 +36,9 @@ def test_two_processes_give_the_gradient_of_one(faces, workdir, script_env):
     assert torch.equal(one["noise"], torch.cat([left["noise"], right["noise"]]))
     assert torch.equal(one["data"], torch.cat([left["data"], right["data"]]))
     assert not torch.equal(left["noise"], right["noise"])
+    assert left["heard"]["name"] == right["heard"]["name"] == "rank 0"
+    for name in ("halves", "steps", "images"):  # a checkpoint's tensors travel as they are
+        torch.testing.assert_close(right["heard"][name], left["own"][name], rtol=0, atol=0)
 
 
 def test_two_processes_train_and_one_goes_on(faces, workdir, script_env):

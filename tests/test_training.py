@@ -23,7 +23,7 @@ from src.objectives.contract import Nets
 from src.training.data import batch_indices, load_images, to_batch
 from src.training.distributed import World
 from src.training.ema import EMA, gamma_of
-from src.training.engine import Loss, Recipe, accumulate_gradient, plan, train
+from src.training.engine import Loss, Recipe, accumulate_gradient, compiles, plan, train
 from src.training.estimate import estimate
 from src.utils import UserError, load_model, save_model, tensor_to_pil_image
 
@@ -258,6 +258,14 @@ def test_learning_rate_rises_rests_and_falls():
     rates = [recipe.learning_rate(step) for step in (0, 4, 9, 50, 100, 400)]
     assert rates == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5])
     assert recipe.learning_rate(0, most_warmup=5) == pytest.approx(0.2)
+
+
+def test_without_a_compiler_training_goes_on_uncompiled(monkeypatch, capsys):
+    """torch.compile fails at its first step, not when it is called: a trial must run one."""
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    assert not compiles.__wrapped__(torch.device("cpu"))
+    assert "torch.compile does not work here" in capsys.readouterr().err
 
 
 def test_scores_are_logged_and_the_best_model_kept(small_run):

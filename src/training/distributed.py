@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from src.utils import UserError, pick_device
 
@@ -60,8 +61,13 @@ class World(NamedTuple):
                 box[0] = make()
             except Exception as error:
                 box[1] = error
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.hosts)
+        if self.size > 1:  # tensors one by one: a pickled checkpoint would take several times its size on every process
+            outline = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), box)
+            dist.broadcast_object_list(outline, src=0, group=self.hosts)
+            if self.rank > 0:
+                box = tree_map_only(Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype), outline)
+            for tensor in filter(torch.is_tensor, tree_leaves(box)):
+                dist.broadcast(tensor.contiguous(), src=0, group=self.hosts)
         if box[1] is not None:
             raise box[1]
         return box[0]

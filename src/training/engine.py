@@ -2,13 +2,13 @@
 
 import copy
 import math
-import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,11 +186,25 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether the device is a GPU that torch.compile serves: a chip since Volta, with Triton and a C compiler."""
-    if device.type != "cuda":
+    """Whether to compile for the device: a GPU, and a trial shows that all that torch.compile needs is there."""
+    return device.type == "cuda" and compiles(device)
+
+
+@cache
+def compiles(device: torch.device) -> bool:
+    """Try torch.compile, forward and backward; where it fails, a warning says why.
+
+    It takes a chip since Volta, Triton, a C compiler and Python's headers, and for what a network computes on the host,
+    as its time embedding does, a C++ compiler.
+    """
+    try:
+        x = torch.ones(4, device=device, requires_grad=True)
+        torch.compile(lambda x: (x * torch.arange(4.0).exp().to(x.device)).sum())(x).backward()
+    except Exception as fault:
+        why = str(fault).strip().split("\n")[0]
+        print(f"warning: torch.compile does not work here, so training is slower: {why}", file=sys.stderr)
         return False
-    compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
-    return torch.cuda.get_device_capability(device) >= (7, 0) and find_spec("triton") is not None and compiler
+    return True
 
 
 def seed_step(seed: int, step: int, stream: int) -> None:

@@ -16,8 +16,8 @@ def estimate(model, images: np.ndarray, recipe: Recipe, stages: list[Stage], wor
     """Parameters, memory of one process in GB, and hours, from a step of a few images in each stage.
 
     Weights, gradient, two moments and three averages take 28 bytes a parameter, a teacher 4 more, a critic 16 of its
-    own; activations are measured as what autograd keeps for one image. The time is that of uncompiled steps: an
-    upper bound where the engine compiles.
+    own; activations are measured as what autograd keeps for one image. Time and activations are those of uncompiled
+    steps: upper bounds where the engine compiles.
     """
     count = 8
     few = replace(recipe, batch_size=count, micro_batch=0)
