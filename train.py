@@ -22,7 +22,7 @@ from src.utils import UserError, get_current_time, load_model, one_line_errors, 
 
 # Recipes for those who do not want to improvise; every value can be overridden by its flag. The rates are low because
 # this network does not leave the mean image at 4e-4; the chain is what won on the small network (benchmarks/LOG.md). An
-# adversarial step costs three of a rectified flow.
+# adversarial step costs four of a rectified flow.
 CHAIN = "rectified_flow:0.7,alpha_flow:0.1,adversarial:0.2"
 PRESETS = {
     # A look at whether everything works: 0.2 M images.

@@ -17,9 +17,10 @@ from toy import MLP, distances, one_stage, train_on_mixture
 from custom_model import TIME_SAMPLINGS, CustomGenerativeModel, CustomScheduler, create_custom_model
 from src.evaluation.report import CITATIONS as SCORES
 from src.objectives import OBJECTIVES, make_objective, options_of, parse_objective, parse_stages
+from src.objectives.adversarial import DRAWN
 from src.objectives.contract import Nets
 from src.objectives.critics import augment
-from src.objectives.rollout import draw_jumps, roll_out
+from src.objectives.rollout import in_turn, roll_out, sample_through
 from src.training import engine
 from src.training.data import load_images
 from src.training.distributed import World
@@ -146,7 +147,7 @@ def test_a_step_never_waits_for_its_device_nor_mixes_devices(name, monkeypatch):
     [
         ("shortcut", 1),
         ("alpha_flow", 1),
-        ("adversarial/critic=conv/augmented=false", 6),
+        ("adversarial/critic=conv/augmented=false", 7),
         ("distribution_matching", 3),
     ],
 )
@@ -342,15 +343,16 @@ def test_shortcut_learns_from_the_average_in_eval_mode_within_the_clip():
 
 
 def test_jumps_are_drawn_evenly():
-    """Each NFE as often as the others, in small batches too, and each of its jumps as often as its others."""
+    """NFE 1 as often as the others together in each four rows, and each jump of an NFE as often as its others."""
     torch.manual_seed(0)
     counts = Counter()
     for _ in range(600):
-        nfe, position = draw_jumps(8)
+        nfe, position = in_turn(DRAWN, 8).unbind(1)
+        assert sorted(nfe[:4].tolist()) == sorted(nfe[4:].tolist()) == [1, 1, 2, 4]
         counts.update(zip(nfe.tolist(), position.tolist(), strict=True))
     assert set(counts) == {(nfe, i) for nfe in (1, 2, 4) for i in range(nfe)}
     for (nfe, _), count in counts.items():
-        assert count == pytest.approx(600 * 8 / 3 / nfe, rel=0.15)
+        assert count == pytest.approx(600 * 8 * {1: 1 / 2, 2: 1 / 8, 4: 1 / 16}[nfe], rel=0.15)
 
 
 def test_rolled_out_states_are_the_samplers():
@@ -365,6 +367,34 @@ def test_rolled_out_states_are_the_samplers():
         model._noise = lambda *_, i=i: noise[i : i + 1]
         states = model.sample((1, 3, 32, 32), int(nfe[i]), return_traj=True)
         torch.testing.assert_close(x[i], states[position[i]][0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_goes_through_all_jumps(randomised):
+    model = randomised(
+        create_custom_model(objective="shortcut", unet="small", image_size=32, time_grids={2: [1, 0.7, 0]})
+    )
+    noise = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    nfe, position = torch.tensor([2, 1, 4, 1, 2, 4]), torch.tensor([1, 0, 2, 0, 0, 0])
+    x, x_t, u = sample_through(model, noise, nfe, position)
+    x.square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.eval()
+    total = 0
+    for i in range(6):
+        times = torch.tensor(model.scheduler.time_grid(int(nfe[i])))
+        state = noise[i : i + 1]
+        for j, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+            if j == position[i]:
+                torch.testing.assert_close(x_t[i], state[0], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(u[i], model.velocity(state, t[None], s[None])[0], rtol=1e-4, atol=1e-4)
+            state = model.jump(state, t[None], s[None])
+        torch.testing.assert_close(x[i], state[0], rtol=1e-4, atol=1e-4)
+        total = total + state.square().sum()
+    total.backward()
+    for gradient, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-3, atol=1e-3 * p.grad.abs().max().item())
+    assert not x_t.requires_grad and u.requires_grad
 
 
 def test_mean_flow_target_is_the_identitys():
@@ -441,7 +471,7 @@ def test_each_stage_learns_from_the_average_that_the_one_before_left():
 
 def test_the_penalty_is_the_squared_slope_of_a_linear_critic(randomised):
     class Linear(torch.nn.Module):
-        def forward(self, x, s):
+        def forward(self, x):
             return 0.01 * x.sum((1, 2, 3))
 
     objective = "adversarial/gamma=0.3/augmented=false"

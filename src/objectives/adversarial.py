@@ -1,4 +1,4 @@
-"""Adversarial finetuning of a flow map at the jumps that samples of 1, 2 and 4 steps take."""
+"""Adversarial finetuning of a flow map at the samples of 1, 2 and 4 steps."""
 
 from dataclasses import dataclass
 
@@ -9,19 +9,24 @@ from torch import Tensor
 
 from src.objectives.contract import Nets, Objective, eval_mode, squared_error
 from src.objectives.critics import ConvCritic, EncoderCritic, augment
-from src.objectives.rollout import draw_jumps, roll_out
+from src.objectives.rollout import in_turn, jump_times, sample_through, sampler_times
 from src.utils import UserError
+
+# NFE 1 as often as the two others together, and each jump of an NFE as often as its others. Each four rows in sequence
+# have the same NFEs.
+DRAWN = [jump for i in range(4) for jump in ((1, 0), (2, i // 2), (1, 0), (4, i))]
 
 
 @dataclass(eq=False)
 class Adversarial(Objective):
     """softplus(D(real) - D(fake)) for the student and with the sign turned for the critic D, on pairs of a real and a
-    generated state at the end s of a jump (arXiv:2501.05441, eq. 2), with penalties on D's gradient at both.
+    generated image (arXiv:2501.05441, eq. 2), with penalties on D's gradient at both.
 
-    A jump is one of the seven that NFE 1, 2 and 4 take, from the student's own state there. The penalties are finite
-    differences (D(x) - D(x + step z))^2 / step^2 (arXiv:2511.22475) on every fourth sample. An anchor holds the jump
-    near that of the model the stage began with, and lets go, of long jumps more than of short ones, which that model
-    takes well already. Student and critic are without dropout.
+    Images are generated with 1, 2 or 4 jumps, and the gradient goes through all of them (arXiv:2309.17400), divided by
+    their number, so that a jump counts the same in each. The penalties are finite differences
+    (D(x) - D(x + step z))^2 / step^2 (arXiv:2511.22475) on every fourth image. An anchor holds one of the jumps near
+    that of the model the stage began with, and lets go, of long jumps more than of short ones, which that model takes
+    well already. Student and critic are without dropout.
 
     Args:
         critic: "encoder", the way down of the stage's first model, or "conv", a small net from scratch.
@@ -30,11 +35,10 @@ class Adversarial(Objective):
         gamma: weight of the penalties.
         anchor, anchor_end: weight of ||u - u_teacher||^2 at the stage's begin, and at its end for the jump from noise
             to data; geometric in between, in the stage's progress times the jump's length.
-        augmented: whether the critic sees augmented states.
+        augmented: whether the critic sees augmented images.
     """
 
-    rate: float = 0.5
-    steady: float = 0.1
+    rate: float = 0.25
     critic: str = "encoder"
     critic_rate: float = 1.25
     critic_steps: int = 1
@@ -48,7 +52,7 @@ class Adversarial(Objective):
     keeps_velocity = False
     follows_progress = True
     beta1 = 0.0
-    citations = ("huang2024gan", "lin2025adversarial", "zhao2020differentiable", "sauer2024fast")
+    citations = ("huang2024gan", "clark2024directly", "lin2025adversarial", "zhao2020differentiable", "sauer2024fast")
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,11 +63,10 @@ class Adversarial(Objective):
         return EncoderCritic(model) if self.critic == "encoder" else ConvCritic(shape)
 
     def draw(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        nfe, position = draw_jumps(shape[0])
+        nfe, position = in_turn(DRAWN, shape[0]).unbind(1)
         return {
             "nfe": nfe,
             "position": position,
-            "real_noise": torch.randn(shape),
             "penalised": (torch.arange(shape[0]) + torch.randint(4, ())) % 4 == 0,
             "step": torch.randn(shape) * self.STEP,
             "augmentation": torch.rand(shape[0], 6),
@@ -72,26 +75,26 @@ class Adversarial(Objective):
     def loss(
         self, nets: Nets, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        x_t, t, s = roll_out(nets.student, noise, draw["nfe"], draw["position"])
-        with eval_mode(nets.student):
-            u = nets.student.velocity(x_t, t, s)
-            fake = self.scheduler.reverse_process_step(x_t, u, t, s)
+        nfe = draw["nfe"].to(data.device, non_blocking=True)
+        fake, x_t, u = sample_through(nets.student, noise, draw["nfe"], draw["position"])
+        times = jump_times(sampler_times(self.scheduler, draw["nfe"]), draw["position"])
+        t, s = (time.to(data.device, non_blocking=True) for time in times)
         with torch.no_grad(), eval_mode(nets.teacher):
             anchor = nets.teacher.velocity(x_t, t, s)
-        real, fake_seen = self._seen(data, fake, s, draw)
-        gap = nets.critic(real, s) - nets.critic(fake_seen, s)
+        real, fake = self._seen(data, fake, draw)
+        adversarial = F.softplus(nets.critic(real) - nets.critic(fake))
         held = squared_error(u, anchor)
         weight = self.anchor * (self.anchor_end / self.anchor) ** (progress * (t - s))
-        adversarial = F.softplus(gap)
-        return adversarial + weight * held, {"loss_adversarial": adversarial.detach(), "anchor": held.detach()}
+        logs = {"loss_adversarial": adversarial.detach(), "anchor": held.detach()}
+        return adversarial / nfe + weight * held, logs
 
     def critic_loss(
         self, nets: Nets, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad(), eval_mode(nets.student):
-            x_t, t, s = roll_out(nets.student, noise, draw["nfe"], draw["position"])
-            real, fake = self._seen(data, nets.student.jump(x_t, t, s), s, draw)
-        d_real, d_fake = nets.critic(torch.cat([real, fake]), s.repeat(2)).chunk(2)
+        with torch.no_grad():
+            fake, *_ = sample_through(nets.student, noise, draw["nfe"], draw["position"])
+            real, fake = self._seen(data, fake, draw)
+        d_real, d_fake = nets.critic(torch.cat([real, fake])).chunk(2)
         loss = F.softplus(d_fake - d_real)
         rows = draw["penalised"].nonzero().squeeze(1).to(data.device, non_blocking=True)
         step = draw["step"].to(data.device, non_blocking=True)[rows]
@@ -100,16 +103,15 @@ class Adversarial(Objective):
             x = torch.cat([real[rows], fake[rows]])
             moved = x + torch.cat([step, step])
             with torch.autocast(data.device.type, enabled=False):  # bfloat16 would round the differences away
-                before, after = nets.critic(torch.cat([x, moved]), s[rows].repeat(4)).chunk(2)
+                before, after = nets.critic(torch.cat([x, moved])).chunk(2)
             steepness = ((after - before) / self.STEP).square().reshape(2, -1).sum(0)
             loss = loss.index_add(0, rows, 4 * self.gamma / 2 * steepness)  # of every fourth
         right = (d_real > d_fake).float()
         return loss, {"loss_critic": loss.detach(), "critic_right": right, "critic_steepness": steepness.detach()}
 
-    def _seen(self, data: Tensor, fake: Tensor, s: Tensor, draw: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What the critic sees: real states at s, and the generated ones."""
-        real = self.scheduler.forward_process(data, draw["real_noise"].to(data.device, non_blocking=True), s)
+    def _seen(self, real: Tensor, fake: Tensor, draw: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the critic sees of real and of generated images."""
         if not self.augmented:
             return real, fake
-        drawn = draw["augmentation"].to(data.device, non_blocking=True)
+        drawn = draw["augmentation"].to(real.device, non_blocking=True)
         return augment(real, drawn), augment(fake, drawn)

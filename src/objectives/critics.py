@@ -1,4 +1,4 @@
-"""Critics of samples x_s at their noise level s: [B, C, H, W] and [B] -> one number a sample, [B], in float32."""
+"""Critics of images: [B, C, H, W] -> one number an image, [B], in float32."""
 
 import copy
 import math
@@ -15,15 +15,13 @@ class ConvCritic(nn.Module):
     """A residual convolutional net without normalisation, after the critic of arXiv:2501.05441.
 
     Args:
-        shape: (C, H, W) of a sample.
+        shape: (C, H, W) of an image.
         width: channels at the first resolution, doubled at each halving up to four times that.
     """
 
     def __init__(self, shape: tuple[int, ...], width: int = 64):
         super().__init__()
         channels, *size = shape
-        self.embed = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width))
-        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(-2, 6))
         self.head = nn.Conv2d(channels, width, 3, padding=1)
         halvings = max(0, int(math.log2(max(size))) - 2)  # down to 4 x 4
         widths = [width * min(2**i, 4) for i in range(halvings + 2)]
@@ -31,9 +29,8 @@ class ConvCritic(nn.Module):
         self.halvings = halvings
         self.tail = nn.Linear(widths[-1] * math.prod(side >> halvings for side in size), 1, bias=False)
 
-    def forward(self, x: Tensor, s: Tensor) -> Tensor:
-        angles = s[:, None] * self.frequencies
-        h = self.head(x) + self.embed(torch.cat([angles.sin(), angles.cos()], dim=1))[:, :, None, None]
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.head(x)
         for i, block in enumerate(self.blocks):
             h = block(h)
             if i < self.halvings:
@@ -59,7 +56,7 @@ class _Block(nn.Module):
 class EncoderCritic(nn.Module):
     """The way down and the middle of one's own trained U-Net, a small head on each resolution's last features.
 
-    The features of a denoiser at noise level s are made for samples of that level (after arXiv:2403.12015).
+    Asked at t = 0, whose features are made for images without noise (after arXiv:2403.12015).
 
     Args:
         model: the flow map that the U-Net is copied from.
@@ -72,7 +69,6 @@ class EncoderCritic(nn.Module):
         for module in self.network.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        self.scale = model.scheduler.num_train_timesteps
         ends = [layer.main.in_channels for layer in self.network.downblocks if isinstance(layer, DownSample)]
         ends.append(self.network.middleblocks[-1].block2[-1].out_channels)
         self.heads = nn.ModuleList(
@@ -86,12 +82,11 @@ class EncoderCritic(nn.Module):
             for width in ends
         )
 
-    def forward(self, x: Tensor, s: Tensor) -> Tensor:
-        network = self.network
-        temb = network.time_embedding(s * self.scale)
+    def forward(self, x: Tensor) -> Tensor:
+        network, zero = self.network, x.new_zeros(len(x))
+        temb = network.time_embedding(zero)
         if network.use_additional_condition:
-            zero = network.condition_embedding(torch.zeros_like(s))
-            temb = network.condition_fusion(torch.cat([temb, zero], dim=-1))
+            temb = network.condition_fusion(torch.cat([temb, network.condition_embedding(zero)], dim=-1))
         h, features = network.head(x), []
         for layer in network.downblocks:
             if isinstance(layer, DownSample):

@@ -8,7 +8,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from src.objectives.contract import Nets, Objective, eval_mode, spread, squared_error
-from src.objectives.rollout import draw_jumps, roll_out, sampler_times
+from src.objectives.rollout import in_turn, jump_times, roll_out, sampler_times
+from src.utils import NFES
 
 
 @dataclass(eq=False)
@@ -44,7 +45,7 @@ class DistributionMatching(Objective):
 
     def draw(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         batch_size = shape[0]
-        nfe = draw_jumps(batch_size)[0]
+        nfe = in_turn([*NFES], batch_size)
         hold = spread(batch_size, self.hold)
         # The four jumps that are not the last: one of NFE 2, three of NFE 4.
         jump = torch.randint(4, (batch_size,))
@@ -98,8 +99,7 @@ class DistributionMatching(Objective):
         position = torch.where(draw["hold"], 0, draw["position"])
         x_t, t, s = roll_out(student, noise, draw["nfe"], position)
         times = sampler_times(self.scheduler, draw["nfe"])
-        at = draw["position"][:, None]
-        t, s = (times.gather(1, at + step).squeeze(1).to(data.device, non_blocking=True) for step in (0, 1))
+        t, s = (time.to(data.device, non_blocking=True) for time in jump_times(times, draw["position"]))
         x_t[held] = self.scheduler.forward_process(data[held], noise[held], t[held])
         return x_t, t, s, held, moved
 
