@@ -62,7 +62,6 @@ def main() -> None:
         device=device,
         batch_size=args.batch_size,
         num_workers=min(4, os.cpu_count() or 1),
-        use_dataparallel=False,  # or it would insist on the first of several GPUs
     )
     print(f"FID Score: {score:.4f}")
     result = {"fid_score": float(score), "generated_dir": args.generated_dir, "reference_dir": args.reference_dir}
