@@ -32,7 +32,7 @@ data/faces/val_split.txt: src/faces.py | .venv/ready
 	$(PY) -m src.faces data/faces
 
 # On a CPU a taste: four minutes of the challenge's U-Net at 32x32, where a step costs a quarter. On a GPU ten minutes
-# at 64x64. Run again, it trains on from there.
+# at 64x64. Run again, it trains on from there. What hours of training give, the released small network shows.
 demo: .venv/ready data/faces/val_split.txt
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then size=64; count=500; train="--preset quick --max_minutes 10"; \
@@ -45,5 +45,6 @@ demo: .venv/ready data/faces/val_split.txt
 		$(PY) -m src.evaluation score --generated $(DEMO)/samples/nfe=$$nfe --reference $$val $$features \
 		|| { echo "no scores without a feature network; the samples are there"; break; }; \
 	done
+	$(PY) sampling.py --ckpt_path checkpoints/small32/int8.pt --save_dir $(DEMO)/small32 --num_samples 16
 	@echo; echo "Look at:"; ls -t $(DEMO)/iter=*_grid.png | head -1; ls $(DEMO)/training_curves.png
-	@ls -d $(DEMO)/samples/nfe=*
+	@ls -d $(DEMO)/samples/nfe=* $(DEMO)/small32/nfe=*
