@@ -228,7 +228,10 @@ def test_accumulation_does_not_change_the_gradient(model):
             assert (gradient - gradients[0]).norm() < (1e-3 if nets.critic else 3e-5) * gradients[0].norm()
 
 
-def test_resumed_training_is_bitwise_equal(name, faces, workdir):
+def test_resumed_training_is_bitwise_equal(name, faces, workdir, monkeypatch):
+    if name != "shortcut":  # pictures must not disturb randomness: once is enough, they are half of the time
+        monkeypatch.setattr(engine, "save_previews", lambda *_: None)
+        monkeypatch.setattr(engine, "plot_curves", lambda *_: None)
     images, key = load_images(str(faces), str(faces), 32)
     stages = f"rectified_flow:0.5,{name}{'/pairs=16/solver_steps=2' if name == 'reflow' else ''}:0.5"
 
