@@ -90,6 +90,8 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="checkpoint to go on from")
     parser.add_argument("--out", type=Path, default=Path("gpu"))
     args = parser.parse_args()
+    if args.out.exists() and any(args.out.iterdir()) and not (args.out / "env.sh").exists():
+        raise UserError(f"{args.out} holds other files, and would be replaced: name another --out")
     with replacing_folder(args.out) as folder:
         (folder / "faces").mkdir()
         write_faces(args.data_root, args.split_dir, args.size, folder / "faces")

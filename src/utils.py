@@ -59,7 +59,12 @@ def run_to_the_end(command: list[str]) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch on every device."""
+    """Seed Python, NumPy and PyTorch on every device.
+
+    Raises: UserError outside of NumPy's range.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"a seed must lie in 0 to {2**32 - 1}, got {seed}")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

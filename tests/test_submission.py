@@ -113,6 +113,19 @@ def test_eight_bits_are_within_half_a_step():
     assert set(small) == set(state) and ((small["weight"] - state["weight"]).abs() <= step * 0.501 + 1e-9).all()
 
 
+def test_what_was_exported_can_be_exported_again(finished_run, workdir):
+    """As a model that travels in 8 bits from one machine to the next, and on."""
+    first, second = workdir / "first/model.pt", workdir / "second/model.pt"
+    export(finished_run, dtype="int8", target=first)
+    for dtype in ("float32", "float16", "int8"):
+        export(first.parent, first.name, dtype, second)
+        once, again = (torch.load(path, weights_only=True)["state_dict"] for path in (first, second))
+        restore_quantised(once), restore_quantised(again)
+        assert set(once) == set(again)
+        for name, value in once.items():
+            torch.testing.assert_close(again[name].float(), value.float(), rtol=1e-3, atol=1e-5)
+
+
 def test_export_refuses_what_no_submission_may_use(finished_run, workdir):
     with pytest.raises(UserError, match="holds none of best_model.pt"):
         export(workdir)

@@ -121,7 +121,8 @@ def test_interrupted_run_saves_and_goes_on(faces, workdir, script_env):
         (["--beta2", "1"], "--beta2 must lie in [0, 1)"),
         (["--split_dir", "nowhere"], "no split file nowhere/train_split.txt"),
         (["--num_iterations", "0"], "--num_iterations must be at least 1"),
-        (["--seed", "-1"], "--seed must not be negative"),
+        (["--seed", "-1"], "a seed must lie in 0 to 4294967295, got -1"),
+        (["--seed", str(2**32)], "a seed must lie in 0 to 4294967295, got 4294967296"),
     ],
 )
 def test_bad_input_gets_one_line(faces, workdir, script_env, flags, message):

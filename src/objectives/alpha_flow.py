@@ -8,6 +8,7 @@ from torch import Tensor
 
 from src.objectives.contract import Nets
 from src.objectives.regression import JumpRegression, adaptive
+from src.utils import UserError
 
 
 @dataclass(eq=False)
@@ -33,6 +34,11 @@ class AlphaFlow(JumpRegression):
     power: float = 0.75
 
     citations = ("zhang2025alphaflow", "luo2025soflow")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.alpha > 1:  # it would step past the end of the jump
+            raise UserError(f"the option alpha must be at most 1, got {self.alpha}")
 
     @property
     def follows_progress(self) -> bool:

@@ -59,7 +59,8 @@ class Objective:
     # What options of these names must be, in every objective that has them.
     SHARES = ("flow", "keep", "grid", "real", "hold")
     COUNTS = ("levels", "pairs", "solver_steps", "critic_steps")
-    POSITIVE = ("rate", "critic_rate", "alpha", "q", "clip", "anchor", "anchor_end", "steady")
+    POSITIVE = ("rate", "critic_rate", "alpha", "q", "anchor", "anchor_end", "steady")
+    NOT_NEGATIVE = ("gamma", "power", "anneal")
 
     needs_condition = True  # does the network embed d?
     needs_teacher = False
@@ -75,7 +76,9 @@ class Objective:
         for names, fits, wish in (
             (self.SHARES, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
             (self.COUNTS, lambda value: value >= 1, "be at least 1"),
-            (self.POSITIVE, lambda value: value > 0, "be positive"),
+            (self.POSITIVE, lambda value: 0 < value < math.inf, "be positive"),
+            (self.NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "not be negative"),
+            (("clip",), lambda value: value > 0, "be positive"),  # or infinite
         ):
             for field in fields(self):
                 if field.name in names and not fits(getattr(self, field.name)):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from src.objectives.contract import Nets
-from src.objectives.shortcut import Shortcut
+from src.objectives.shortcut import Shortcut, must_be_power_of_two
 from src.utils import UserError
 
 
@@ -40,7 +40,9 @@ class Progressive(Shortcut):
     def unfold(cls, options: dict) -> list[dict]:
         if options.get("steps"):
             return [options]
-        most = options.get("levels", cls.levels) // 2
+        levels = options.get("levels", cls.levels)
+        must_be_power_of_two(levels)
+        most = levels // 2
         return [{**options, "steps": most >> i} for i in range(most.bit_length())]
 
     def jumps(self, batch_size: int) -> tuple[Tensor, Tensor]:

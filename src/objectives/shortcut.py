@@ -28,8 +28,7 @@ class Shortcut(JumpRegression):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.levels < 2 or self.levels & (self.levels - 1):
-            raise UserError(f"the option levels must be a power of two, from 2 on, got {self.levels}")
+        must_be_power_of_two(self.levels)
 
     def jumps(self, batch_size: int) -> tuple[Tensor, Tensor]:
         return dyadic(batch_size, self.levels // 2)
@@ -39,3 +38,8 @@ class Shortcut(JumpRegression):
 
     def target(self, nets: Nets, x_t: Tensor, t: Tensor, d: Tensor, v: Tensor, progress: float) -> Tensor:
         return self.two_jumps(nets.ema, x_t, t, d)
+
+
+def must_be_power_of_two(levels: int) -> None:
+    if levels < 2 or levels & (levels - 1):
+        raise UserError(f"the option levels must be a power of two, from 2 on, got {levels}")

@@ -68,7 +68,7 @@ class Recipe:
         for name in ("batch_size", "num_iterations", "lr_decay_start", "log_interval", "save_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "warmup", "weight_decay", "micro_batch", "eval_interval"):
+        for name in ("warmup", "weight_decay", "micro_batch", "eval_interval"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} must not be negative, got {getattr(self, name)}")
         for name in ("ema_decay", "beta1", "beta2"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from src.utils import UserError, objective_of, quantised, read_checkpoint, write_json, writing_checkpoint
+from src.utils import UserError, objective_of, quantised, read_checkpoint, restore_quantised, write_json, writing_checkpoint
 
 TARGET = Path("checkpoints/best_model.pt")
 CHOICES = ("best_model.pt", "final_model.pt", "last.ckpt")  # the first that a run has
@@ -38,6 +38,7 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
     if "state_dict" not in saved:
         raise UserError(f"{source} holds no model that can be exported: name one that train.py saved")
     state = saved["state_dict"]
+    restore_quantised(state)  # if it was exported in 8 bits before
     if dtype == "int8":
         state = quantised(state)
     else:
