@@ -1,7 +1,6 @@
 """Train the flow map on the Simpsons faces: `python train.py`. The same command with the same --save_dir resumes."""
 
 import argparse
-import hashlib
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +17,15 @@ from src.training.engine import Recipe, Teacher, plan, train
 from src.training.estimate import estimate
 from src.training.export import TARGET, export
 from src.training.record import environment
-from src.utils import UserError, get_current_time, load_model, one_line_errors, read_checkpoint, seed_everything
+from src.utils import (
+    UserError,
+    get_current_time,
+    load_model,
+    one_line_errors,
+    read_checkpoint,
+    seed_everything,
+    weights_hash,
+)
 
 # Recipes for those who do not want to improvise; every value can be overridden by its flag. The rates are low because
 # this network does not leave the mean image at 4e-4; the chain is what won on the small network (benchmarks/LOG.md). An
@@ -139,12 +146,9 @@ def start_from(path: str, model) -> Teacher:
         )
     model.load_state_dict(teacher.state_dict())
     model.objective = teacher.objective
-    digest = hashlib.sha256()
-    for value in teacher.state_dict().values():
-        digest.update(value.cpu().contiguous().numpy().tobytes())
     unknown = [{"objective": "unknown", "steps": 0, "citations": []}]  # of an older version: nothing to cite
     stages = read_checkpoint(path).get("provenance", {}).get("stages", unknown)
-    return Teacher(digest.hexdigest()[:16], stages)
+    return Teacher(weights_hash(teacher)[:16], stages)
 
 
 def run(args: argparse.Namespace, world: World, device: torch.device) -> None:

@@ -4,10 +4,10 @@
         --budget 300000 --objectives shortcut alpha_flow distribution_matching -- --batch_size 32 --lr 4e-4
 
 The budget is in forward passes of the network on one image; a backward pass counts two, teachers and critics by
-their arithmetic (FLOPs), a reflow's pairs with all their steps. What follows `--` goes to train.py. A name that holds
-a `:` is a chain of stages. With several `--training_seeds` intervals are over training runs, otherwise only over what
-is sampled. Interrupted, the same command goes on. Writes OUT/table.md, OUT/objectives.json and OUT/grid.png, one row a
-run from the same noise.
+their arithmetic (FLOPs), a reflow's pairs with all their steps. What follows `--` goes to train.py, where it may set
+what this script does not. A name that holds a `:` is a chain of stages. With several `--training_seeds` intervals are
+over training runs, otherwise only over what is sampled. Interrupted, the same command goes on. Writes OUT/table.md,
+OUT/objectives.json and OUT/grid.png, one row a run from the same noise.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from custom_model import create_custom_model
 from src.evaluation.intervals import mean_interval
 from src.evaluation.scoring import Scorer
 from src.objectives import make_objective, parse_stages
+from src.training.data import load_images
 from src.training.engine import Recipe, Stage, Training, plan
 from src.training.record import environment
 from src.utils import (
@@ -38,8 +39,13 @@ from src.utils import (
     pick_device,
     run_to_the_end,
     tensor_to_pil_image,
+    weights_hash,
     write_json,
 )
+
+# What this script tells train.py itself.
+OURS = """teacher device data_root split_dir unet image_size use_additional_condition num_train_timesteps num_iterations
+    seed save_dir stages objective preset dry_run max_minutes""".split()
 
 
 def flops(work) -> int:
@@ -53,7 +59,7 @@ def evaluations_a_sample(model, stage: Stage, batch: int = 12, steps: int = 2) -
     """What one sample of a stage's steps costs, in forward passes of the model's network on one image.
 
     Args:
-        batch: a multiple of 12, for each jump of NFE 1, 2 and 4 to have its share.
+        batch: a multiple of 12, for what is drawn in turn by threes or fours to have its share.
     """
     size = model.image_size
     x = torch.zeros(1, 3, size, size, device=model.device)
@@ -105,7 +111,15 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--training_seeds", type=int, nargs="+", default=[42], help="a run with each")
     parser.add_argument("--out", type=Path, default=Path("results/objectives"))
     parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
-    return parser.parse_args(ours), theirs
+    args = parser.parse_args(ours)
+    if args.seeds < 1 or args.samples < 2:
+        raise UserError("--seeds must be at least 1, and --samples at least 2")
+    if len(set(args.training_seeds)) < len(args.training_seeds):
+        raise UserError("name each training seed once: the same run twice says nothing of their spread")
+    for flag in theirs:
+        if flag.split("=")[0] in [f"--{name}" for name in OURS]:
+            raise UserError(f"{flag} after -- is for this script to choose: leave it out")
+    return args, theirs
 
 
 def measure(
@@ -155,10 +169,11 @@ def table(rows: dict[str, list[dict]]) -> list[str]:
 def main() -> None:
     args, extra = parse_arguments()
     device = pick_device(args.device)
-    if len(set(args.training_seeds)) < len(args.training_seeds):
-        raise UserError("name each training seed once: the same run twice says nothing of their spread")
     start = load_model(args.start, create_custom_model, device)
+    if not start.network.use_additional_condition:
+        raise UserError(f"{args.start} has no extra condition, which jumps need: train it --use_additional_condition")
     config = json.loads(Path(args.start).with_name("model_config.json").read_text())
+    images, data_hash = load_images(args.data_root, args.split_dir, start.image_size)
     batch = argparse.ArgumentParser()
     batch.add_argument("--batch_size", type=int, default=Recipe.batch_size)
     batch_size = batch.parse_known_args(extra)[0].batch_size
@@ -171,8 +186,9 @@ def main() -> None:
     }
     common = [sys.executable, "train.py", "--teacher", args.start, "--device", args.device]
     common += ["--data_root", args.data_root, "--split_dir", args.split_dir]
-    common += ["--unet", config["unet"], "--image_size", str(start.image_size), "--use_additional_condition"]
-    common += ["--num_train_timesteps", str(config["num_train_timesteps"])]
+    common += ["--unet", config.get("unet", "full"), "--image_size", str(start.image_size)]
+    common += ["--use_additional_condition"]
+    common += ["--num_train_timesteps", str(start.scheduler.num_train_timesteps)]
 
     planned = {}
 
@@ -185,8 +201,9 @@ def main() -> None:
         hours = json.loads((folder / "run.json").read_text())["device_hours"]
         return {"evaluations_a_sample": cost, "samples": steps * batch_size, "hours": hours}
 
-    apart = "objectives", "training_seeds", "out", "device"
-    settings = {k: v for k, v in vars(args).items() if k not in apart} | {"extra": extra}
+    # By content, not by name: another start at the same place is another measurement.
+    settings = {"start": weights_hash(start), "data": data_hash, "scores": [scorer.key for scorer in scorers]}
+    settings |= {"budget": args.budget, "extra": extra}
     nothing = {"evaluations_a_sample": 0.0, "samples": 0, "hours": 0.0}
     rows = {"start": [measure(args.out / "start", Path(args.start), settings, lambda: nothing, scorers, device)]}
     grid = {"start": side_by_side(Path(args.start), device)}
@@ -201,10 +218,14 @@ def main() -> None:
             grid[f"{name}, seed {seed}"] = side_by_side(final, device)
 
     distance, floor, runs = scorers[0].features.distance, scorers[0].floor, len(args.training_seeds)
+    commits = sorted({run["commit"][:7] for name in chains for run in rows[name]})
+    parameters = sum(p.numel() for p in start.parameters()) / 1e6
     over = f"{runs} training runs (start: over sampling seeds)" if runs > 1 else "sampling seeds of one training run"
     text = (
         f"{distance}, {args.samples} samples, {args.seeds} sampling seeds, floor {floor:.2f}; mean ± 95 % over {over}; "
-        f"{args.budget:g} network evaluations each, after {args.start}\n\n" + "\n".join(table(rows)) + "\n"
+        f"{args.budget:g} network evaluations each, after {args.start}; {parameters:.2f} M parameters at "
+        f"{start.image_size}x{start.image_size}, {len(images)} training images; training seeds "
+        f"{', '.join(map(str, args.training_seeds))}; commit {', '.join(commits)}\n\n" + "\n".join(table(rows)) + "\n"
     )
     print(text, end="")
     (args.out / "table.md").write_text(text)

@@ -1,5 +1,6 @@
 """Seeds, images, checkpoints and errors: what the challenge's scripts and all rooms share."""
 
+import hashlib
 import json
 import os
 import random
@@ -229,6 +230,14 @@ def restore_quantised(state: dict[str, Tensor], *_) -> None:
     for name in [name for name in state if name.endswith(SCALE)]:
         weight = name.removesuffix(SCALE)
         state[weight] = state[weight].float() * state.pop(name)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """What tells this model's weights from all others: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def objective_of(checkpoint: dict) -> dict[str, str]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import train as train_py
+from benchmarks import objectives
 from custom_model import create_custom_model
-from src.utils import write_json
+from src.utils import UserError, write_json
 
 
 def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, tiny_network, script_env, randomised):
@@ -34,6 +35,7 @@ def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, ti
     assert one["distances"] != two["distances"] and len(one["distances"]["4"]) == 2
     assert 2.9 < one["evaluations_a_sample"] < 3.3 and one["samples"] == 20  # 60 evaluations at 3 each
     table = (workdir / "compared/table.md").read_text()
+    assert "1.65 M parameters at 32x32, 24 training images; training seeds 1, 2; commit " in table
     cells = table.splitlines()[-1].split("|")
     a, b = (sum(run["distances"]["1"]) / 2 for run in (one, two))
     half = 12.706 * abs(a - b) / 2  # Student's t of two runs: over these, not over their four sampled distances
@@ -50,3 +52,24 @@ def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, ti
     write_json(scores, measured)
     other = compare("60")
     assert other.returncode == 1 and "seed1/scores.json was measured with" in other.stderr.splitlines()[-1]
+
+    torch.save(randomised(create_custom_model(**config), 2).state_dict(), "start/final_model.pt")
+    other = compare("60")  # another start of the same name
+    assert other.returncode == 1 and "start/scores.json was measured with" in other.stderr.splitlines()[-1]
+
+
+def test_bad_arguments_get_one_line_before_anything_is_scored(workdir, monkeypatch):
+    config = {"unet": "small", "image_size": 32, "objective": "rectified_flow"}
+    torch.save(create_custom_model(**config).state_dict(), "start.pt")
+    write_json("model_config.json", config)
+
+    def refused(message: str, *flags: str) -> None:
+        argv = ["objectives", "--start", "start.pt", "--objectives", "shortcut", "--budget", "60", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [*argv, "--data_root", "none", "--split_dir", "none", *flags])
+        with pytest.raises(UserError, match=message):
+            objectives.main()
+
+    refused("has no extra condition, which jumps need")
+    refused("--preset=quick after -- is for this script to choose", "--", "--preset=quick")
+    refused("--seeds must be at least 1", "--seeds", "0")
+    refused("name each training seed once", "--training_seeds", "1", "1")

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import torch
 
-from src.utils import UserError, objective_of, quantised, read_checkpoint, restore_quantised, write_json, writing_checkpoint
+from src.utils import (
+    UserError,
+    objective_of,
+    quantised,
+    read_checkpoint,
+    restore_quantised,
+    write_json,
+    writing_checkpoint,
+)
 
 TARGET = Path("checkpoints/best_model.pt")
 CHOICES = ("best_model.pt", "final_model.pt", "last.ckpt")  # the first that a run has

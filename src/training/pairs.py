@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from src.objectives.contract import Objective, eval_mode
 from src.training.distributed import World
-from src.utils import CACHE, UserError, write_json
+from src.utils import CACHE, UserError, weights_hash, write_json
 
 CHUNK = 64  # pairs that are generated, written and marked as done together
 
@@ -54,11 +54,8 @@ def load_pairs(
         objective: says `pairs`, `solver` and `solver_steps`.
     Raises: UserError if the pairs there are not what the teacher makes of their noise.
     """
-    weights = hashlib.sha256()
-    for name, value in teacher.state_dict().items():
-        weights.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     manifest = {
-        "teacher": weights.hexdigest(),
+        "teacher": weights_hash(teacher),
         "solver": objective.solver,
         "steps": objective.solver_steps,
         "seed": seed,
