@@ -58,10 +58,10 @@ PRESETS = {
     "data-centre-25min": dict(
         stages=CHAIN,
         batch_size=256,
-        num_iterations=4000,
+        num_iterations=3600,
         lr=2e-4,
         warmup=500,
-        lr_decay_start=2000,
+        lr_decay_start=1800,
         micro_batch=128,
         save_interval=500,
         max_minutes=25,
