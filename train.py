@@ -111,17 +111,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--micro_batch", type=int, default=Recipe.micro_batch, help="most images a process computes at once; 0: all")
     add("--max_minutes", type=float, default=None, help="stop and export after so long in one session")
     add("--eval_interval", type=int, default=0, help="score every so many steps and keep best_model.pt; 0: never")
-    add("--eval_samples", type=int, default=500, help="for each NFE")
+    add("--eval_samples", type=int, default=None, help="for each NFE; default: 500")
     add("--features", help="TorchScript network to score with; default: the official one, for the FID")
     preset = parser.parse_known_args()[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))
     args = parser.parse_args()
     if args.objective:
         args.stages = f"{args.objective}:1"
+    for flag, given in (("--features", args.features), ("--eval_samples", args.eval_samples is not None)):
+        if given and not args.eval_interval:
+            parser.error(f"{flag} is for scoring during training: give --eval_interval too")
+    args.eval_samples = 500 if args.eval_samples is None else args.eval_samples
     if args.eval_samples < 2:
         parser.error("--eval_samples must be at least 2")
-    if args.features and not args.eval_interval:
-        parser.error("--features is for scoring during training: give --eval_interval too")
     return args
 
 

@@ -569,6 +569,13 @@ def test_bad_objectives_and_stages_get_one_clear_line(call, message):
         call()
 
 
+def test_mean_flow_warns_of_steep_times(recwarn):
+    make_objective("mean_flow", CustomScheduler(16))
+    assert not recwarn
+    with pytest.warns(UserWarning, match="--num_train_timesteps 16 or so, not 1000"):
+        make_objective("mean_flow", CustomScheduler(1000))
+
+
 @pytest.mark.parametrize("name", ["reflow", "trajectory", "distribution_matching"])
 def test_a_teacher_without_velocity_is_refused(name):
     scheduler = create_custom_model(unet="small").scheduler

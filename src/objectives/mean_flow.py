@@ -1,6 +1,7 @@
 """MeanFlow: the mean velocity by its differential identity (Geng et al., arXiv:2505.13447 and 2512.02012)."""
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,15 @@ class MeanFlow(JumpRegression):
     power: float = 0.75
 
     citations = ("geng2025mean", "geng2025improved")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.scheduler.num_train_timesteps > 100:
+            warnings.warn(
+                "mean_flow differentiates the time embedding, which is steep at this scale of the times: train all "
+                f"stages with --num_train_timesteps 16 or so, not {self.scheduler.num_train_timesteps}",
+                stacklevel=2,
+            )
 
     def jumps(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """t and r in order, from logit-normals (-0.6, 1.6) and (-4, 1.6), the authors' for CIFAR-10."""
