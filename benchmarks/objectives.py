@@ -43,7 +43,7 @@ from src.utils import (
     write_json,
 )
 
-# What this script tells train.py itself.
+# What this script tells train.py itself, and what would change how much is trained.
 OURS = """teacher device data_root split_dir unet image_size use_additional_condition num_train_timesteps num_iterations
     seed save_dir stages objective preset dry_run max_minutes""".split()
 
@@ -187,8 +187,7 @@ def main() -> None:
     common = [sys.executable, "train.py", "--teacher", args.start, "--device", args.device]
     common += ["--data_root", args.data_root, "--split_dir", args.split_dir]
     common += ["--unet", config.get("unet", "full"), "--image_size", str(start.image_size)]
-    common += ["--use_additional_condition"]
-    common += ["--num_train_timesteps", str(start.scheduler.num_train_timesteps)]
+    common += ["--use_additional_condition", "--num_train_timesteps", str(start.scheduler.num_train_timesteps)]
 
     planned = {}
 

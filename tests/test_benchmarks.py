@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train as train_py
-from benchmarks import objectives
+from benchmarks import objectives, prepare
 from custom_model import create_custom_model
 from src.utils import UserError, write_json
 
@@ -73,3 +73,13 @@ def test_bad_arguments_get_one_line_before_anything_is_scored(workdir, monkeypat
     refused("--preset=quick after -- is for this script to choose", "--", "--preset=quick")
     refused("--seeds must be at least 1", "--seeds", "0")
     refused("name each training seed once", "--training_seeds", "1", "1")
+
+
+def test_prepare_replaces_no_folder_but_its_own(workdir, monkeypatch):
+    (workdir / "results").mkdir()
+    (workdir / "results/run.json").write_text("{}")
+    for folder in ("results", "."):
+        monkeypatch.setattr(sys, "argv", ["prepare", "--features", "none.pt", "--out", folder])
+        with pytest.raises(UserError, match="holds other files, and would be replaced"):
+            prepare.main()
+    assert (workdir / "results/run.json").exists()

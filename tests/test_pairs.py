@@ -81,10 +81,12 @@ def test_pairs_are_made_once_and_go_on_where_they_were(teacher, workdir, monkeyp
 def test_pairs_that_are_not_the_teachers_are_refused(teacher, workdir):
     load_pairs(teacher, SHAPE, reflow(), seed=1)
     (folder,) = (workdir / "data/cache").iterdir()
-    images = np.load(folder / "images.npy")
-    np.save(folder / "images.npy", images[::-1])
-    with pytest.raises(UserError, match="pair 0 of .* is not what the teacher makes of its noise: delete that folder"):
-        load_pairs(teacher, SHAPE, reflow(), seed=1)
+    for name in ("noise", "images"):
+        kept = np.load(folder / f"{name}.npy")
+        np.save(folder / f"{name}.npy", kept[::-1])
+        with pytest.raises(UserError, match="pair 0 of .* is not what the teacher makes of its noise: delete that"):
+            load_pairs(teacher, SHAPE, reflow(), seed=1)
+        np.save(folder / f"{name}.npy", kept)
 
 
 def test_bad_wishes_get_one_clear_line(teacher, workdir, monkeypatch):

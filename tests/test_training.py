@@ -163,6 +163,7 @@ def test_dry_run_prints_the_plan_and_trains_nothing(faces, workdir, script_env):
     "flags, message",
     [
         (["--features", "x.pt"], "give --eval_interval too"),
+        (["--eval_samples", "100"], "give --eval_interval too"),
         (["--eval_interval", "1", "--eval_samples", "1"], "at least 2"),
         (["--objective", "shortcut", "--stages", "rectified_flow:1"], "not allowed with argument"),
     ],
