@@ -103,37 +103,44 @@ def early_samples(run: Path, folder: Path) -> list[dict]:
     return found
 
 
-def stages(runs: list[Path], records: list[dict], methods: str, known: set[str]) -> list[dict]:
-    """What was trained, as far as it got; Fault for a stage that the write-up could not describe or cite."""
+def kinds(stages: list[dict]) -> list[dict]:
+    """The stages without how far they got, which of a run's checkpoints differ in."""
+    return [{name: value for name, value in stage.items() if name != "steps"} for stage in stages]
+
+
+def check_order(runs: list[Path], records: list[dict]) -> None:
+    """Fault if a run did not begin with a model of the run before it."""
     if records[0]["teacher"]:
         raise Fault(f"{runs[0]} began with another run's model: name that run before it")
-    found, before = [], []
+    before = []
     for run, record in zip(runs, records, strict=True):
-        if record["stages"][: len(before)] != before:
+        if kinds(record["stages"])[: len(before)] != before:
             raise Fault(f"{run} did not begin with the run named before it: name runs in the order of training")
-        left = record["iterations"]
-        for stage in record["stages"][len(before) :]:
-            steps = min(left, stage["steps"])
-            left -= steps
-            name, _, options = stage["objective"].partition("/")
-            if f"\n  {name}: " not in methods:
-                raise Fault(f"writeup/methods.typ does not describe {name}: add a line")
-            if not stage["citations"]:
-                raise Fault(f"the objective {name} cites nothing: give it `citations`")
-            check_keys(stage["citations"], known)
-            falls = ", falling" if stage.get("options", {}).get("steady", 1) < 1 else ""
-            if steps:
-                found.append(
-                    {
-                        "name": name,
-                        "options": options.replace("/", ", "),
-                        "steps": f"{steps:,}",
-                        "images": f"{steps * stage['batch_size']:,}",
-                        "lr": f"{stage['lr']:.2g}{falls}",
-                        "citations": stage["citations"],
-                    }
-                )
-        before = record["stages"]
+        before = kinds(record["stages"])
+
+
+def stages(trained: list[dict], methods: str, known: set[str]) -> list[dict]:
+    """What the scored model was trained with; Fault for a stage that the write-up could not describe or cite."""
+    found = []
+    for stage in trained:
+        name, _, options = stage["objective"].partition("/")
+        if f"\n  {name}: " not in methods:
+            raise Fault(f"writeup/methods.typ does not describe {name}: add a line")
+        if not stage["citations"]:
+            raise Fault(f"the objective {name} cites nothing: give it `citations`")
+        check_keys(stage["citations"], known)
+        falls = ", falling" if stage.get("options", {}).get("steady", 1) < 1 else ""
+        if stage["steps"]:
+            found.append(
+                {
+                    "name": name,
+                    "options": options.replace("/", ", "),
+                    "steps": f"{stage['steps']:,}",
+                    "images": f"{stage['steps'] * stage['batch_size']:,}",
+                    "lr": f"{stage['lr']:.2g}{falls}",
+                    "citations": stage["citations"],
+                }
+            )
     return found
 
 
@@ -158,10 +165,11 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
             raise Fault(f"{run}/run.json is of an older version: run the same training command again, which renews it")
     scored = read(report / "report.json", "python -m src.evaluation report --checkpoint checkpoints/best_model.pt "
                   f"--out {report}")  # fmt: skip
-    if scored["provenance"].get("stages") != records[-1]["stages"]:
+    if kinds(scored["provenance"].get("stages", [])) != kinds(records[-1]["stages"]):
         raise Fault(f"{report} is of another model than {runs[-1]} trained: write it again")
     if "sampler" not in scored:
         raise Fault(f"{report} is of an older version: write it again")
+    check_order(runs, records)
     known = set(re.findall(r"@\w+\{([^,\s]+),", BIBLIOGRAPHY.read_text()))
     last = records[-1]
     cited = scored["provenance"]["citations"]  # the training's, and what the sampler was given since
@@ -172,7 +180,7 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
     full = model["unet"] == "full" and model["image_size"] == 64
     nfes = list(scored["nfe"])
     data = {
-        "stages": stages(runs, records, (HERE / "methods.typ").read_text(), known),
+        "stages": stages(scored["provenance"]["stages"], (HERE / "methods.typ").read_text(), known),
         "citations": cited,
         "sampler": {name: by_nfe(values) for name, values in scored["sampler"].items()},
         "settings": f"AdamW, seed {settings['seed']}, times {settings['time_sampling'].replace('_', ' ')}"

@@ -487,24 +487,29 @@ def train(
     def config() -> dict:
         return {**model_config, "objective": training.stage.name}
 
-    own = [
-        {
-            "objective": name,
-            "steps": steps,
-            "batch_size": recipe.batch_size,
-            "lr": recipe.lr * objective.rate,
-            "options": objective.options(),
-            "citations": list(objective.citations),
+    def facts() -> dict:
+        """What the weights come from, so far."""
+        own, left = [], training.steps
+        for name, objective, planned in stages:
+            own.append(
+                {
+                    "objective": name,
+                    "steps": min(planned, left),
+                    "batch_size": recipe.batch_size,
+                    "lr": recipe.lr * objective.rate,
+                    "options": objective.options(),
+                    "citations": list(objective.citations),
+                }
+            )
+            left -= own[-1]["steps"]
+        return {
+            "seed": recipe.seed,
+            "data": {"hash": data_hash, "images": len(images)},
+            "bf16": training.bf16,
+            "stages": [*(teacher.stages if teacher else []), *own],  # also those of the run that the weights come from
+            "citations": [*CITATIONS, *model.scheduler.citations],
         }
-        for name, objective, steps in stages
-    ]
-    facts = {
-        "seed": recipe.seed,
-        "data": {"hash": data_hash, "images": len(images)},
-        "bf16": training.bf16,
-        "stages": [*(teacher.stages if teacher else []), *own],  # also those of the run that the weights come from
-        "citations": [*CITATIONS, *model.scheduler.citations],
-    }
+
     if first:
         clear_leftovers(save_dir)
         write_json(save_dir / "training_config.json", arguments)
@@ -514,25 +519,28 @@ def train(
             "arguments": arguments,
             "model_config": config(),
             "teacher": teacher and teacher.weights,
-            **facts,
+            **facts(),
         }
         record = RunRecord(save_dir / "run.json", start, device, world.size, described)
-        record.write(start, recipe.batch_size)
-    origin = {**environment(device), **facts}
+        record.write(start, recipe.batch_size, facts())
+    surroundings = environment(device)
     scorer = getattr(evaluate, "key", "")
     best = best_score(save_dir, scorer) if first and evaluate else math.inf
 
+    def provenance() -> dict:
+        return {**surroundings, **facts(), "step": training.steps}
+
     def export(*names: str, **scores) -> None:
         for name in names:
-            save_model(average, save_dir / name, config(), provenance={**origin, "step": training.steps, **scores})
+            save_model(average, save_dir / name, config(), provenance={**provenance(), **scores})
 
     def save() -> None:
         age = training.steps - training.first_step
         averages = training.power_ema.averages
-        about = {"model_config": config(), "provenance": {**origin, "step": training.steps}}
+        about = {"model_config": config(), "provenance": provenance()}
         save_averages(save_dir, training.steps, averages, stage=training.index, age=age, **about)
         state = {**training.state(), "identity": identity}
-        save_last(save_dir, average, config(), training=state, provenance={**origin, "step": training.steps})
+        save_last(save_dir, average, config(), training=state, provenance=provenance())
         plot_curves(metrics.rows, save_dir / "training_curves.png")
 
     logs: dict[str, list[Tensor]] = {}
@@ -567,7 +575,7 @@ def train(
                 row |= {"stage": training.index, "lr": training.lr, "images_per_second": speed}
                 if first:
                     metrics.add({"step": step, "images": step * recipe.batch_size, **row})
-                    record.write(step, recipe.batch_size)
+                    record.write(step, recipe.batch_size, facts())
                 progress.update(step - progress.n)
                 progress.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{speed:.1f}")
                 logs, interval_start = {}, step

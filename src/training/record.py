@@ -63,10 +63,11 @@ class RunRecord:
         self.content = {**facts, "sessions": [*earlier, session]}
         self.began = time.monotonic()
 
-    def write(self, step: int, batch_size: int) -> None:
+    def write(self, step: int, batch_size: int, facts: dict) -> None:
         session = self.content["sessions"][-1]
         session |= {"ended": _now(), "last_step": step, "seconds": round(time.monotonic() - self.began, 1)}
         seconds = [one["seconds"] * one["processes"] for one in self.content["sessions"]]
+        self.content |= facts
         self.content |= {"iterations": step, "images_seen": step * batch_size, "device_hours": sum(seconds) / 3600}
         write_json(self.path, self.content)
 
