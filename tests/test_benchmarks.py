@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import train as train_py
-from benchmarks import objectives, prepare
+from benchmarks import objectives, prepare, timed_chain
 from custom_model import create_custom_model
+from src.objectives import make_objective, parse_stages
+from src.training.engine import plan
 from src.utils import UserError, write_json
 
 
@@ -83,3 +85,26 @@ def test_prepare_replaces_no_folder_but_its_own(workdir, monkeypatch):
         with pytest.raises(UserError, match="holds other files, and would be replaced"):
             prepare.main()
     assert (workdir / "results/run.json").exists()
+
+
+def test_timed_chain_spends_the_seconds_that_the_flow_leaves(workdir):
+    (workdir / "metrics.jsonl").write_text(
+        "".join(f'{{"images_per_second": {s}}}\n' for s in (1, 800, 700, 778, 790, 2))
+    )
+    assert timed_chain.speed(workdir) == 778  # a slow begin, or save, in between is no matter
+    alpha, adversarial = timed_chain.steps_in(200.0, 0.25, 778.0, 128)
+    seconds = [
+        128 * steps * cost / 778 for steps, cost in zip((alpha, adversarial), timed_chain.COST.values(), strict=True)
+    ]
+    assert seconds == pytest.approx([50, 150], abs=1)
+
+    flags = dict(zip(*[iter(timed_chain.later("adversarial/gamma=0.05", alpha, adversarial))] * 2, strict=True))
+    stages = plan(
+        parse_stages(flags["--stages"]), lambda name: make_objective(name, None), int(flags["--num_iterations"])
+    )
+    assert [(stage.name, stage.steps) for stage in stages] == [
+        ("alpha_flow", alpha),
+        ("adversarial/gamma=0.05", adversarial),
+    ]
+    with pytest.raises(UserError, match="1 seconds are left after the flow"):
+        timed_chain.steps_in(1.0, 0.25, 778.0, 128)
