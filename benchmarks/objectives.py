@@ -55,11 +55,11 @@ def flops(work) -> int:
 
 
 @torch.compiler.set_stance("force_eager")  # compiled operations are not counted
-def evaluations_a_sample(model, stage: Stage, batch: int = 12, steps: int = 2) -> float:
+def evaluations_a_sample(model, stage: Stage, batch: int = 24, steps: int = 2) -> float:
     """What one sample of a stage's steps costs, in forward passes of the model's network on one image.
 
     Args:
-        batch: a multiple of 12, for what is drawn in turn by threes or fours to have its share.
+        batch: a multiple of 24, for what is drawn in turn by threes or eights to have its share.
     """
     size = model.image_size
     x = torch.zeros(1, 3, size, size, device=model.device)

@@ -51,7 +51,7 @@ def roll_out(model, noise: Tensor, nfe: Tensor, position: Tensor) -> tuple[Tenso
 def sample_through(model, noise: Tensor, nfe: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sample from `noise` in `nfe` jumps, row by row, with the gradient through all of them (arXiv:2309.17400, eq. 2).
 
-    A quarter of the rows at once, so that network calls have one size where each quarter has the same NFEs.
+    An eighth of the rows at once, so that network calls have one size where each eighth has the same NFEs.
 
     Args:
         noise: [B, ...].
@@ -64,7 +64,7 @@ def sample_through(model, noise: Tensor, nfe: Tensor, position: Tensor) -> tuple
     x.requires_grad_(torch.is_grad_enabled())  # as it does after a jump: or the first would be another program
     with eval_mode(model):
         for i in range(int(nfe.max())):
-            for going in (nfe > i).nonzero().squeeze(1).split(max(1, len(nfe) // 4)):
+            for going in (nfe > i).nonzero().squeeze(1).split(max(1, len(nfe) // 8)):
                 rows = going.to(noise.device, non_blocking=True)
                 before, t, s = x[rows], times[rows, i], times[rows, i + 1]
                 velocity = model.velocity(before, t, s)
