@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from custom_model import create_custom_model
 from src.submission import base_code
 from src.training.export import export
 from src.utils import UserError, load_model, quantised, restore_quantised, save_model, write_json
+
+CHECKPOINTS = Path(base_code.__file__).resolve().parents[2] / "checkpoints"
 
 
 @pytest.fixture
@@ -180,8 +183,7 @@ def test_official_files_over_ours_give_the_same_images(workdir, randomised, face
 @pytest.mark.parametrize("name", ["float16", "int8"])
 def test_released_models_load_and_draw_faces(name):
     """They are an experiment's: small network, 32x32."""
-    folder = base_code.Path(base_code.__file__).resolve().parents[2] / "checkpoints/small32"
-    model = load_model(str(folder / f"{name}.pt"), create_custom_model)
+    model = load_model(str(CHECKPOINTS / f"small32/{name}.pt"), create_custom_model)
     noise = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     images = [model.sample(noise.shape, nfe, noise=noise) for nfe in (1, 4)]
     # The yellow of the faces, in the middle of the image: much red and green, little blue.
@@ -190,3 +192,11 @@ def test_released_models_load_and_draw_faces(name):
         assert red > green > blue and red - blue > 0.5
     assert (images[0] - images[1]).abs().mean() < 0.6
     assert images[0].std(0).mean() > 0.2  # different noise, different faces
+
+
+def test_the_flow_to_go_on_from_is_the_challenges_network():
+    model = load_model(str(CHECKPOINTS / "start64/int8.pt"), create_custom_model)
+    assert sum(p.numel() for p in model.parameters()) == 59_934_979 and model.image_size == 64
+    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    red, green, blue = model.sample(noise.shape, 4, noise=noise)[0, :, 16:48, 16:48].mean((1, 2)).tolist()
+    assert red > green > blue and red - blue > 0.5
