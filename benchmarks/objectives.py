@@ -7,7 +7,7 @@ The budget is in forward passes of the network on one image; a backward pass cou
 their arithmetic (FLOPs), a reflow's pairs with all their steps. What follows `--` goes to train.py, where it may set
 what this script does not. A name that holds a `:` is a chain of stages. With several `--training_seeds` intervals are
 over training runs, otherwise only over what is sampled. Interrupted, the same command goes on. Writes OUT/table.md,
-OUT/objectives.json and OUT/grid.png, one row a run from the same noise.
+OUT/curve.png (distance against NFE), OUT/objectives.json and OUT/grid.png, one row a run from the same noise.
 """
 
 import argparse
@@ -24,7 +24,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from custom_model import create_custom_model
+from src.evaluation.compare import plot_distances
 from src.evaluation.intervals import mean_interval
+from src.evaluation.sampler import choose_smoothing
 from src.evaluation.scoring import Scorer
 from src.objectives import make_objective, parse_stages
 from src.training.data import load_images
@@ -109,6 +111,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--samples", type=int, default=500, help="for each NFE and sampling seed")
     parser.add_argument("--seeds", type=int, default=3, help="number of sampling seeds")
     parser.add_argument("--training_seeds", type=int, nargs="+", default=[42], help="a run with each")
+    parser.add_argument("--smoothed", action="store_true", help="score each run's smoothed samples as well")
     parser.add_argument("--out", type=Path, default=Path("results/objectives"))
     parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
     args = parser.parse_args(ours)
@@ -149,20 +152,24 @@ def side_by_side(final: Path, device) -> list:
     return images
 
 
+def over_runs(runs: list[dict]) -> dict[int, tuple[float, float]]:
+    """At each NFE the mean distance and half its interval: over training runs, or over one run's sampling seeds."""
+    found = {nfe: [run["distances"][str(nfe)] for run in runs] for nfe in NFES}
+    return {
+        nfe: mean_interval([mean(one) for one in many] if len(many) > 1 else many[0]) for nfe, many in found.items()
+    }
+
+
 def table(rows: dict[str, list[dict]]) -> list[str]:
-    """A line of markdown for each objective; intervals over its training runs, or over one run's sampling seeds."""
+    """A line of markdown for each objective."""
     lines = [
         f"| objective | evaluations a sample | samples | device hours | {' | '.join(f'NFE {n}' for n in NFES)} |",
         "|" + "---|" * (4 + len(NFES)),
     ]
     for name, runs in rows.items():
-        cells = []
-        for nfe in NFES:
-            found = [run["distances"][str(nfe)] for run in runs]
-            middle, half = mean_interval([mean(one) for one in found] if len(found) > 1 else found[0])
-            cells.append(f"{middle:.2f} ± {half:.2f}")
+        cells = " | ".join(f"{middle:.2f} ± {half:.2f}" for middle, half in over_runs(runs).values())
         cost, samples, hours = (mean(run[key] for run in runs) for key in ("evaluations_a_sample", "samples", "hours"))
-        lines.append(f"| {name} | {cost:.1f} | {samples:,.0f} | {hours:.2f} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {cost:.1f} | {samples:,.0f} | {hours:.2f} | {cells} |")
     return lines
 
 
@@ -200,6 +207,10 @@ def main() -> None:
         hours = json.loads((folder / "run.json").read_text())["device_hours"]
         return {"evaluations_a_sample": cost, "samples": steps * batch_size, "hours": hours}
 
+    def smoothed(run: dict, final: Path, folder: Path) -> dict:
+        choose_smoothing(final, folder, NFES, 128, 0, (args.data_root, args.split_dir), device)
+        return {key: run[key] for key in nothing}  # the search costs no training
+
     # By content, not by name: another start at the same place is another measurement.
     settings = {"start": weights_hash(start), "data": data_hash, "scores": [scorer.key for scorer in scorers]}
     settings |= {"budget": args.budget, "extra": extra}
@@ -207,14 +218,20 @@ def main() -> None:
     rows = {"start": [measure(args.out / "start", Path(args.start), settings, lambda: nothing, scorers, device)]}
     grid = {"start": side_by_side(Path(args.start), device)}
     for name in chains:
-        rows[name] = []
         for seed in args.training_seeds:
             folder = args.out / name.replace("/", "_").replace(",", "+").replace(":", "@") / f"seed{seed}"
             final = folder / "final_model.pt"
             asked = settings | {"options": options[name]}
             run = measure(folder, final, asked, partial(train, name, seed, folder), scorers, device)
-            rows[name].append(run)
+            rows.setdefault(name, []).append(run)
             grid[f"{name}, seed {seed}"] = side_by_side(final, device)
+            if args.smoothed:
+                smooth = folder / "smooth"
+                run = measure(
+                    smooth, smooth / final.name, asked, partial(smoothed, run, final, smooth), scorers, device
+                )
+                rows.setdefault(f"{name}, smoothed", []).append(run)
+                grid[f"{name}, smoothed, seed {seed}"] = side_by_side(smooth / final.name, device)
 
     distance, floor, runs = scorers[0].features.distance, scorers[0].floor, len(args.training_seeds)
     commits = sorted({run["commit"][:7] for name in chains for run in rows[name]})
@@ -228,6 +245,8 @@ def main() -> None:
     )
     print(text, end="")
     (args.out / "table.md").write_text(text)
+    curves = {name: over_runs(runs) for name, runs in rows.items()}
+    plot_distances(curves, distance, floor, "training runs" if runs > 1 else "sampling seeds", args.out / "curve.png")
     write_json(
         args.out / "objectives.json", {"arguments": {**vars(args), "out": str(args.out)}, "extra": extra, "rows": rows}
     )

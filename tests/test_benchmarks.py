@@ -26,7 +26,7 @@ def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, ti
     def compare(budget: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "benchmarks.objectives", "--start", "start/final_model.pt", "--budget", budget,
                    "--objectives", "rectified_flow", "--training_seeds", "1", "2", "--samples", "8", "--seeds", "2",
-                   "--data_root", str(faces), "--split_dir", str(faces), "--features", str(tiny_network),
+                   "--smoothed", "--data_root", str(faces), "--split_dir", str(faces), "--features", str(tiny_network),
                    "--device", "cpu", "--out", "compared", "--", "--batch_size", "4"]  # fmt: skip
         return subprocess.run(command, env=script_env, capture_output=True, text=True)
 
@@ -38,11 +38,17 @@ def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, ti
     assert 2.9 < one["evaluations_a_sample"] < 3.3 and one["samples"] == 20  # 60 evaluations at 3 each
     table = (workdir / "compared/table.md").read_text()
     assert "1.65 M parameters at 32x32, 24 training images; training seeds 1, 2; commit " in table
-    cells = table.splitlines()[-1].split("|")
+    cells = table.splitlines()[-2].split("|")
     a, b = (sum(run["distances"]["1"]) / 2 for run in (one, two))
     half = 12.706 * abs(a - b) / 2  # Student's t of two runs: over these, not over their four sampled distances
     assert [float(part) for part in cells[5].split("±")] == pytest.approx([(a + b) / 2, half], abs=0.02)
-    assert (workdir / "compared/grid.png").stat().st_size > 1000
+    smooth = rows["rectified_flow, smoothed"]
+    for plain, smoothed in zip((one, two), smooth, strict=True):
+        assert smoothed["samples"] == plain["samples"] and smoothed["distances"] != plain["distances"]
+    assert table.splitlines()[-1].startswith("| rectified_flow, smoothed | ")
+    assert json.loads((workdir / "compared/rectified_flow/seed1/smooth/model_config.json").read_text())["smoothing"]
+    for picture in ("grid.png", "curve.png"):
+        assert (workdir / "compared" / picture).stat().st_size > 1000
 
     trained = workdir / "compared/rectified_flow/seed1/final_model.pt"
     written = trained.stat().st_mtime_ns

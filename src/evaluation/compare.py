@@ -111,19 +111,30 @@ def write_comparison(checkpoints: dict[str, Path], args: argparse.Namespace) -> 
     write_json(out / "comparison.json", content)
     with replacing(out / "comparison.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
-    _plot(content, list(models), out / "comparison.png")
+    curves = {name: {int(nfe): found[name]["distance"] for nfe, found in content["nfe"].items()} for name in models}
+    plot_distances(curves, features.distance, floor, "sampling seeds", out / "comparison.png")
     print("\n".join(lines))
 
 
-def _plot(content: dict, names: list[str], path: Path) -> None:
+def plot_distances(
+    curves: dict[str, dict[int, tuple[float, float]]], distance: str, floor: float, over: str, path: Path
+) -> None:
+    """Distances against NFE as a PNG, a line a model.
+
+    Args:
+        curves: for each model's name and NFE, the mean and half of its 95 % interval.
+        distance: what the distance is called.
+        floor: that of training images.
+        over: what the intervals are over.
+    """
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    nfes = [int(nfe) for nfe in content["nfe"]]
-    for name in names:
-        means, halves = zip(*(found[name]["distance"] for found in content["nfe"].values()), strict=True)
-        axes.errorbar(nfes, means, yerr=halves, fmt="o-", capsize=3, label=name)
-    axes.axhline(content["floor"], color="grey", linestyle="--", label="training images")
+    nfes = sorted(set().union(*curves.values()))
+    for name, found in curves.items():
+        means, halves = zip(*found.values(), strict=True)
+        axes.errorbar(list(found), means, yerr=halves, fmt="o-", capsize=3, label=name)
+    axes.axhline(floor, color="grey", linestyle="--", label="training images")
     axes.set(xscale="log", yscale="log", xlabel="network calls an image (NFE)")
-    axes.set_ylabel(f"{content['distance']} (mean and 95 % interval over sampling seeds)", fontsize="small")
+    axes.set_ylabel(f"{distance} (mean and 95 % interval over {over})", fontsize="small")
     axes.set_xticks(nfes, nfes)
     axes.minorticks_off()
     ticks = [tick for scale in (0.1, 1, 10, 100) for tick in (scale, 2 * scale, 5 * scale)]
