@@ -18,7 +18,7 @@ from src.objectives import make_objective
 from src.utils import UserError, load_model, objective_of, read_checkpoint, save_model, tensor_to_pil_image
 
 REFERENCE_STEPS = 64  # Euler steps to the ends that few steps should reach as well
-SIGMAS = (2, 3, 4, 6, 8, 12, 16)  # of smoothing, in 8-bit levels
+SIGMAS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)  # of smoothing, in 8-bit levels
 MOST_IMAGES = 1000  # of the training images, evenly spaced: their pixels' differences are sorted in memory
 
 
