@@ -26,8 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from custom_model import create_custom_model
 from src.evaluation.compare import plot_distances
 from src.evaluation.intervals import mean_interval
-from src.evaluation.sampler import choose_smoothing
-from src.evaluation.scoring import Scorer
+from src.evaluation.sampler import SIGMAS, choose_smoothing
+from src.evaluation.scoring import Scorer, draw_images
 from src.objectives import make_objective, parse_stages
 from src.training.data import load_images
 from src.training.engine import Recipe, Stage, Training, plan
@@ -40,7 +40,6 @@ from src.utils import (
     one_line_errors,
     pick_device,
     run_to_the_end,
-    tensor_to_pil_image,
     weights_hash,
     write_json,
 )
@@ -96,11 +95,24 @@ def scores_of(model, scorers: list[Scorer]) -> dict[str, list[float]]:
     return {str(nfe): [one[f"{distance} NFE {nfe}"] for one in found] for nfe in NFES}
 
 
-def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+def split_flags(reserved: list[str]) -> tuple[list[str], list[str]]:
+    """This command's own arguments, and those after `--`, which go to train.py.
+
+    Raises: UserError if one of the latter is reserved, abbreviated or not.
+    """
     ours, theirs = sys.argv[1:], []
     if "--" in ours:
         split = ours.index("--")
         ours, theirs = ours[:split], ours[split + 1 :]
+    for flag in theirs:
+        name = flag.split("=")[0]
+        if name.startswith("--") and any(f"--{one}".startswith(name) for one in reserved):
+            raise UserError(f"{flag} after -- is for this script to choose: leave it out")
+    return ours, theirs
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    ours, theirs = split_flags(OURS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", required=True, help="checkpoint of a rectified flow with the extra condition")
     parser.add_argument("--objectives", nargs="+", required=True)
@@ -119,9 +131,6 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         raise UserError("--seeds must be at least 1, and --samples at least 2")
     if len(set(args.training_seeds)) < len(args.training_seeds):
         raise UserError("name each training seed once: the same run twice says nothing of their spread")
-    for flag in theirs:
-        if flag.split("=")[0] in [f"--{name}" for name in OURS]:
-            raise UserError(f"{flag} after -- is for this script to choose: leave it out")
     return args, theirs
 
 
@@ -147,8 +156,7 @@ def side_by_side(final: Path, device) -> list:
     model = load_model(final, create_custom_model, device)
     images = []
     for nfe in NFES:
-        noise = [torch.Generator().manual_seed(i) for i in range(4)]
-        images += tensor_to_pil_image(model.sample((4, 3, model.image_size, model.image_size), nfe, generator=noise))
+        images += draw_images(model, nfe, 0, 4)
     return images
 
 
@@ -227,9 +235,9 @@ def main() -> None:
             grid[f"{name}, seed {seed}"] = side_by_side(final, device)
             if args.smoothed:
                 smooth = folder / "smooth"
-                run = measure(
-                    smooth, smooth / final.name, asked, partial(smoothed, run, final, smooth), scorers, device
-                )
+                asked |= {"sigmas": list(SIGMAS)}
+                smoothing = partial(smoothed, run, final, smooth)
+                run = measure(smooth, smooth / final.name, asked, smoothing, scorers, device)
                 rows.setdefault(f"{name}, smoothed", []).append(run)
                 grid[f"{name}, smoothed, seed {seed}"] = side_by_side(smooth / final.name, device)
 

@@ -25,6 +25,7 @@ from src.utils import (
     read_checkpoint,
     replacing,
     tensor_to_pil_image,
+    weights_hash,
     write_json,
 )
 
@@ -52,8 +53,7 @@ class Model:
         self.features, self.device, self.count = features, device, count
         digest = hashlib.sha256(Path(checkpoint).with_name("model_config.json").read_bytes())
         digest.update(repr(self.net.objective).encode())  # the checkpoint's own, which says what jumps are asked for
-        for value in self.net.state_dict().values():
-            digest.update(value.cpu().contiguous().numpy().tobytes())
+        digest.update(weights_hash(self.net).encode())
         self.key = digest.hexdigest()[:16]
 
     def pixels(self, nfe: int, seed: int) -> np.ndarray:

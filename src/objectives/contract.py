@@ -119,6 +119,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def heun_step(model, x_t: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """One step of Heun's method along the model's velocity, two network calls; x_t [B, ...], times [B] or scalars."""
+    step = model.scheduler.reverse_process_step
+    v = model.predict(x_t, t)
+    return step(x_t, (v + model.predict(step(x_t, v, t, t_next), t_next)) / 2, t, t_next)
+
+
 def spread(batch_size: int, share: float) -> Tensor:
     """True for a share of the rows, [batch_size] on the CPU, spread evenly so that every slice of it costs the same.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from src.objectives.contract import Nets, Objective, eval_mode, squared_error
+from src.objectives.contract import Nets, Objective, eval_mode, heun_step, squared_error
 
 
 @dataclass(eq=False)
@@ -47,15 +47,10 @@ class Trajectory(Objective):
         with eval_mode(nets.ema):
             with torch.no_grad(), eval_mode(nets.teacher):
                 middle = (t - 1 / self.levels).clamp(min=0.0)
-                x_middle = self._heun(nets.teacher, x_t, t, middle)
+                x_middle = heun_step(nets.teacher, x_t, t, middle)
                 target = nets.ema.jump(nets.ema.jump(x_middle, middle, s), s, zero)
             x_s = nets.student.jump(x_t, t, s)
             jump = squared_error(nets.ema.jump(x_s, s, zero), target)
         x_v = self.scheduler.forward_process(data, noise, v_t)
         flow = squared_error(nets.student.predict(x_v, v_t), self.scheduler.get_target(data, noise, v_t))
         return jump + self.flow * flow, {"loss_flow": flow.detach(), "loss_jump": jump.detach()}
-
-    def _heun(self, teacher, x_t: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-        first = teacher.predict(x_t, t)
-        second = teacher.predict(self.scheduler.reverse_process_step(x_t, first, t, t_next), t_next)
-        return self.scheduler.reverse_process_step(x_t, (first + second) / 2, t, t_next)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src.objectives.contract import Objective, eval_mode
+from src.objectives.contract import Objective, eval_mode, heun_step
 from src.training.distributed import World
 from src.utils import CACHE, UserError, weights_hash, write_json
 
@@ -31,10 +31,10 @@ def solve(teacher, noise: Tensor, solver: str, steps: int) -> Tensor:
     times = torch.linspace(1, 0, steps + 1, device=noise.device)
     with eval_mode(teacher):
         for t, t_next in zip(times, times[1:], strict=False):
-            v = teacher.predict(x, t)
             if solver == "heun":
-                v = (v + teacher.predict(x - (t - t_next) * v, t_next)) / 2
-            x = x - (t - t_next) * v
+                x = heun_step(teacher, x, t, t_next)
+            else:
+                x = teacher.scheduler.reverse_process_step(x, teacher.predict(x, t), t, t_next)
     return x
 
 
