@@ -4,8 +4,9 @@
 
 The flow trains in a process of its own. Meanwhile this one compiles what the later stages need, by a step of each in a
 scratch folder. When that is done and the flow's share of the minutes is over, it stops the flow and trains the later
-stages from its average, in as many steps as the flow's speed says are left. What follows `--` goes to train.py. Writes
-OUT/flow and OUT/chain, each as train.py does; a chain that was interrupted goes on by the same command.
+stages from its average, in as many steps as the flow's speed says are left. What follows `--` goes to train.py, where
+it may set what this script does not (a --warmup is the flow's; the later stages' is a tenth of alpha-Flow). Writes
+OUT/flow and OUT/chain, each as train.py does; interrupted, the same command goes on from their last save.
 """
 
 import argparse
@@ -21,10 +22,13 @@ from statistics import median
 import torch
 
 import train
+from benchmarks.objectives import split_flags
 from src.objectives import parse_stages
 from src.utils import UserError, one_line_errors
 
-FLOW = "--stages rectified_flow:1 --use_additional_condition --num_iterations 1000000 --save_interval 1000000".split()
+FLOW = "--stages rectified_flow:1 --use_additional_condition --num_iterations 1000000".split()
+# What this script tells train.py itself.
+OURS = "stages objective use_additional_condition num_iterations batch_size save_dir max_minutes dry_run".split()
 COST = {"alpha_flow": 1.13, "adversarial": 5.6}  # a sample's time in that of the flow's; measured on an H200
 
 
@@ -37,7 +41,7 @@ def train_here(*arguments: str) -> None:
 
 
 def speed(run: Path) -> float:
-    """Images a second near the end of a run, when nothing compiled beside it any more."""
+    """Images a second near the end of a run."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return median(row["images_per_second"] for row in rows[-5:])
 
@@ -63,32 +67,37 @@ def main() -> None:
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, required=True, help="in all, but for the last export")
-    parser.add_argument("--flow_share", type=float, default=0.6, help="of the minutes")
+    parser.add_argument("--flow_share", type=float, default=0.6, help="of the minutes, or what compiling takes")
     parser.add_argument("--alpha_share", type=float, default=0.25, help="of what the flow leaves")
     last_stage = parse_stages(train.CHAIN)[-1][0]
     parser.add_argument("--adversarial", default=last_stage, metavar="NAME[/OPTION=VALUE...]")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--out", type=Path, required=True)
-    args, common = parser.parse_known_args()
-    common = [*(flag for flag in common if flag != "--"), "--batch_size", str(args.batch_size)]
+    ours, theirs = split_flags(OURS)
+    args = parser.parse_args(ours)
+    common = [*theirs, "--batch_size", str(args.batch_size)]
     flow, chain, scratch = (args.out / name for name in ("flow", "chain", "scratch"))
 
-    if not (flow / "last.ckpt").exists():
+    ended = args.out / "flow.ended"
+    if not ended.exists():
         args.out.mkdir(parents=True, exist_ok=True)
-        with (args.out / "flow.log").open("w") as log:
+        with (args.out / "flow.log").open("a") as log:
             command = [sys.executable, "train.py", *common, *FLOW, "--save_dir", str(flow)]
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             train_here(*common, *later(args.adversarial, 1, 1), "--save_dir", str(scratch))
         except Exception as fault:  # such as no memory for both at once: the flow goes on, and they may have their turn
             print(f"warning: the later stages did not compile beside the flow: {fault}", file=sys.stderr)
-        print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
-        shutil.rmtree(scratch, ignore_errors=True)
-        time.sleep(max(0.0, 60 * args.minutes * args.flow_share - (time.monotonic() - began)))
-        process.terminate()  # train.py saves
-        process.wait()
+        try:
+            print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
+            time.sleep(max(0.0, 60 * args.minutes * args.flow_share - (time.monotonic() - began)))
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            process.terminate()  # train.py saves
+            process.wait()
         if not (flow / "last.ckpt").exists():
             raise UserError(f"the flow did not end well: see {args.out}/flow.log")
+        ended.touch()
 
     left = 60 * args.minutes - (time.monotonic() - began)
     alpha, adversarial = steps_in(left, args.alpha_share, speed(flow), args.batch_size)

@@ -93,7 +93,7 @@ def test_prepare_replaces_no_folder_but_its_own(workdir, monkeypatch):
     assert (workdir / "results/run.json").exists()
 
 
-def test_timed_chain_spends_the_seconds_that_the_flow_leaves(workdir):
+def test_timed_chain_spends_the_seconds_that_the_flow_leaves(workdir, monkeypatch):
     (workdir / "metrics.jsonl").write_text(
         "".join(f'{{"images_per_second": {s}}}\n' for s in (1, 800, 700, 778, 790, 2))
     )
@@ -114,3 +114,8 @@ def test_timed_chain_spends_the_seconds_that_the_flow_leaves(workdir):
     ]
     with pytest.raises(UserError, match="1 seconds are left after the flow"):
         timed_chain.steps_in(1.0, 0.25, 778.0, 128)
+
+    monkeypatch.setattr(sys, "argv", ["timed_chain", "--minutes", "1", "--out", "run", "--", "--batch", "8"])
+    with pytest.raises(UserError, match="--batch after -- is for this script to choose"):  # it was ignored
+        timed_chain.main()
+    assert not (workdir / "run").exists()
