@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,7 +29,11 @@ class UserError(Exception):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Around a script's main: a user's error, or a full disk, ends it with one line and exit status 1."""
+    """Around a script's main: a user's error, or a full disk, ends it with one line and exit status 1.
+
+    So does SIGTERM, as Ctrl-C does, so that temporary files and processes that were begun end as well.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except (UserError, OSError) as error:
@@ -43,7 +48,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def run_to_the_end(command: list[str]) -> None:
-    """Run a script of ours that saves when it is interrupted: on Ctrl-C, wait for that first.
+    """Run a script of ours that saves when it is interrupted: on Ctrl-C or SIGTERM, wait for that first.
 
     Raises: UserError if it fails; KeyboardInterrupt once it has ended, if there was one.
     """
@@ -53,6 +58,7 @@ def run_to_the_end(command: list[str]) -> None:
             process.wait()
         except KeyboardInterrupt:
             interrupted = True
+            process.terminate()  # SIGTERM reaches this process alone
     if interrupted:
         raise KeyboardInterrupt
     if process.returncode:

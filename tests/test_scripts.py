@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cleanfid.fid
@@ -92,6 +93,31 @@ def test_bare_and_half_precision_state_dicts_load(checkpoint, workdir):
     for a, b in zip(whole.parameters(), half.parameters(), strict=True):
         assert b.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_sigterm_ends_a_script_and_what_it_runs(workdir, script_env):
+    (workdir / "inner.py").write_text(
+        "import pathlib, time\n"
+        "from src.utils import one_line_errors, replacing\n"
+        "with one_line_errors(), replacing(pathlib.Path('written')) as temporary:\n"
+        "    temporary.touch(), time.sleep(120)\n"
+    )
+    (workdir / "outer.py").write_text(
+        "import sys\n"
+        "from src.utils import one_line_errors, run_to_the_end\n"
+        "with one_line_errors():\n"
+        "    run_to_the_end([sys.executable, 'inner.py'])\n"
+    )
+    scripts = {"inner.py", "outer.py"}
+    outer = subprocess.Popen([sys.executable, "outer.py"], env=script_env, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and {path.name for path in workdir.iterdir()} == scripts:
+        time.sleep(0.1)
+    assert len(list(workdir.iterdir())) == 3
+    outer.terminate()  # this process alone, not its group
+    _, told = outer.communicate(timeout=60)  # not before the inner one has ended, too, which has the same stderr
+    assert outer.returncode == 1 and told.split() == ["interrupted", "interrupted"]
+    assert {path.name for path in workdir.iterdir()} == scripts
 
 
 def test_images_round_half_to_even_and_batches_give_lists():
