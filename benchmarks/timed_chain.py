@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -43,7 +44,7 @@ def train_here(*arguments: str) -> None:
 def speed(run: Path) -> float:
     """Images a second near the end of a run."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return median(row["images_per_second"] for row in rows[-5:])
+    return median([row["images_per_second"] for row in rows if "images_per_second" in row][-5:])
 
 
 def steps_in(seconds: float, alpha_share: float, images_per_second: float, batch_size: int) -> tuple[int, int]:
@@ -81,22 +82,27 @@ def main() -> None:
     ended = args.out / "flow.ended"
     if not ended.exists():
         args.out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         with (args.out / "flow.log").open("a") as log:
-            command = [sys.executable, "train.py", *common, *FLOW, "--save_dir", str(flow)]
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            command = [sys.executable, "train.py", *common, *FLOW, "--max_minutes", str(args.minutes)]
+            process = subprocess.Popen([*command, "--save_dir", str(flow)], stdout=log, stderr=subprocess.STDOUT)
         try:
-            train_here(*common, *later(args.adversarial, 1, 1), "--save_dir", str(scratch))
-        except Exception as fault:  # such as no memory for both at once: the flow goes on, and they may have their turn
-            print(f"warning: the later stages did not compile beside the flow: {fault}", file=sys.stderr)
-        try:
+            try:
+                train_here(*common, *later(args.adversarial, 1, 1), "--save_dir", str(scratch))
+            except UserError:  # a mistake, or an interruption
+                raise
+            except Exception as fault:  # such as no memory for both at once: these stages may have their turn
+                print(f"warning: the later stages did not compile beside the flow: {fault}", file=sys.stderr)
             print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
-            time.sleep(max(0.0, 60 * args.minutes * args.flow_share - (time.monotonic() - began)))
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, 60 * args.minutes * args.flow_share - (time.monotonic() - began)))
+                raise UserError(f"the flow ended by itself: {args.out}/flow.log says why")
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             process.terminate()  # train.py saves
             process.wait()
         if not (flow / "last.ckpt").exists():
-            raise UserError(f"the flow did not end well: see {args.out}/flow.log")
+            raise UserError(f"the flow did not come to its first step ({args.out}/flow.log): raise --minutes")
         ended.touch()
 
     left = 60 * args.minutes - (time.monotonic() - began)

@@ -56,8 +56,8 @@ def sample_through(model, noise: Tensor, nfe: Tensor, position: Tensor) -> tuple
     Args:
         noise: [B, ...].
         nfe, position: [B], on the CPU, where the rows that go on are known without waiting for the GPU.
-    Returns: x_0, and of the jump at `position` (from 0) the state x_t, without gradient, and the velocity u, [B, ...]
-        each.
+    Returns: x_0, and of the jump at `position` (from 0) the state x_t, without gradient, and the velocity u, whose
+        gradient passes through the jumps before it as well, [B, ...] each.
     """
     times = sampler_times(model.scheduler, nfe).to(noise.device, non_blocking=True)
     x, x_t, u = noise.clone(), torch.zeros_like(noise), torch.zeros_like(noise)
