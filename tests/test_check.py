@@ -404,6 +404,7 @@ def test_a_sound_submission_is_packed_and_proven(project, tmp_path, monkeypatch,
     assert all(contents.sha256(tree / name) == entry["sha256"] for name, entry in manifest["files"].items())
     # The checks leave nothing in what is packed, and without them the zip is the same.
     monkeypatch.setattr(pack, "CHECKS", ())
+    monkeypatch.setattr(pack, "prove", lambda *_: None)  # once is enough
     pack.pack(subject(project), "team-7", tmp_path / "again.zip")
     assert (tmp_path / "again.zip").read_bytes() == out.read_bytes()
 
