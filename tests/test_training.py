@@ -25,6 +25,7 @@ from src.training.distributed import World
 from src.training.ema import EMA, gamma_of
 from src.training.engine import Loss, Recipe, accumulate_gradient, compiles, plan, train
 from src.training.estimate import estimate
+from src.training.record import plot_curves
 from src.utils import UserError, load_model, save_model, tensor_to_pil_image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +86,14 @@ def test_train_script_leaves_what_the_challenge_asks_for(faces, workdir, script_
     assert record["images_seen"] == 32 and record["device_hours"] > 0 and record["arguments"]["save_interval"] == 2
     assert record["sessions"][0]["last_step"] == 4 and "train.py" in record["sessions"][0]["command"][0]
     assert Image.open(run / "iter=4_sample_0.png").size == (32, 32)
+
+
+def test_a_single_row_is_seen_among_the_curves(tmp_path):
+    plot_curves([{"step": 9, "loss": 1.0}], tmp_path / "curves.png")
+    image = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)
+    height, width, _ = image.shape  # its point is in the middle, the legend in a corner
+    middle = image[height * 2 // 5 : height * 3 // 5, width * 2 // 5 : width * 3 // 5]
+    assert ((middle[..., 2] - middle[..., 0]) > 100).any()  # blue
 
 
 def test_max_minutes_ends_the_run_with_a_final_model(faces, workdir, script_env):

@@ -117,7 +117,8 @@ def plot_curves(rows: list[dict], path: Path) -> None:
         steps, losses = map(np.array, zip(*points, strict=True))
         window = max(1, len(losses) // 30)
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        (line,) = axes.plot(steps[window - 1 :], smooth, label=name.replace("_", " "))
+        dot = "." if len(losses) == 1 else None  # one point makes no line
+        (line,) = axes.plot(steps[window - 1 :], smooth, marker=dot, label=name.replace("_", " "))
         axes.plot(steps, losses, color=line.get_color(), alpha=0.25, linewidth=0.8)
     trained = [row for row in rows if "stage" in row]
     for row, following in zip(trained, trained[1:], strict=False):
