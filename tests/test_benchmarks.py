@@ -1,7 +1,6 @@
 """The comparison of objectives: what it measures is measured once, and never passed off as something else."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -15,7 +14,7 @@ from src.training.engine import plan
 from src.utils import UserError, write_json
 
 
-def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, tiny_network, script_env, randomised):
+def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, tiny_network, randomised, monkeypatch):
     config = {"unet": "small", "image_size": 32, "objective": "rectified_flow", "use_additional_condition": True}
     model = randomised(create_custom_model(**config))
     (workdir / "start").mkdir()
@@ -23,20 +22,21 @@ def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, ti
     torch.save(model.state_dict(), "start/final_model.pt")
     write_json(workdir / "start/model_config.json", {**config, "num_train_timesteps": 1000})
 
-    def compare(budget: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "benchmarks.objectives", "--start", "start/final_model.pt", "--budget", budget,
-                   "--objectives", "rectified_flow", "--training_seeds", "1", "2", "--samples", "8", "--seeds", "2",
-                   "--smoothed", "--data_root", str(faces), "--split_dir", str(faces), "--features", str(tiny_network),
-                   "--device", "cpu", "--out", "compared", "--", "--batch_size", "4"]  # fmt: skip
-        return subprocess.run(command, env=script_env, capture_output=True, text=True)
+    def compare() -> str:
+        command = ["objectives", "--start", "start/final_model.pt", "--budget", "60", "--objectives", "rectified_flow",
+                   "--training_seeds", "1", "2", "--samples", "8", "--seeds", "2", "--smoothed", "--device", "cpu",
+                   "--data_root", str(faces), "--split_dir", str(faces), "--features", str(tiny_network),
+                   "--out", "compared", "--", "--batch_size", "4"]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", command)
+        monkeypatch.setattr(objectives, "SEARCHED", 16)
+        objectives.main()
+        return (workdir / "compared/table.md").read_text()
 
-    first = compare("60")
-    assert first.returncode == 0, first.stderr
+    table = compare()
     rows = json.loads((workdir / "compared/objectives.json").read_text())["rows"]
     one, two = rows["rectified_flow"]
     assert one["distances"] != two["distances"] and len(one["distances"]["4"]) == 2
     assert 2.9 < one["evaluations_a_sample"] < 3.3 and one["samples"] == 20  # 60 evaluations at 3 each
-    table = (workdir / "compared/table.md").read_text()
     assert "1.65 M parameters at 32x32, 24 training images; training seeds 1, 2; commit " in table
     cells = table.splitlines()[-2].split("|")
     a, b = (sum(run["distances"]["1"]) / 2 for run in (one, two))
@@ -52,18 +52,18 @@ def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, ti
 
     trained = workdir / "compared/rectified_flow/seed1/final_model.pt"
     written = trained.stat().st_mtime_ns
-    assert compare("60").stdout == table and trained.stat().st_mtime_ns == written
+    assert compare() == table and trained.stat().st_mtime_ns == written
 
     scores = trained.with_name("scores.json")
     measured = json.loads(scores.read_text())
     measured["settings"]["options"][0]["rate"] = 0.5  # as if this had been the default
     write_json(scores, measured)
-    other = compare("60")
-    assert other.returncode == 1 and "seed1/scores.json was measured with" in other.stderr.splitlines()[-1]
+    with pytest.raises(UserError, match="seed1/scores.json was measured with"):
+        compare()
 
     torch.save(randomised(create_custom_model(**config), 2).state_dict(), "start/final_model.pt")
-    other = compare("60")  # another start of the same name
-    assert other.returncode == 1 and "start/scores.json was measured with" in other.stderr.splitlines()[-1]
+    with pytest.raises(UserError, match="start/scores.json was measured with"):
+        compare()  # with another start of the same name
 
 
 def test_bad_arguments_get_one_line_before_anything_is_scored(workdir, monkeypatch):

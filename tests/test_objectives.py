@@ -17,7 +17,7 @@ from toy import MLP, distances, one_stage, train_on_mixture
 from custom_model import TIME_SAMPLINGS, CustomGenerativeModel, CustomScheduler, create_custom_model
 from src.evaluation.report import CITATIONS as SCORES
 from src.objectives import OBJECTIVES, make_objective, options_of, parse_objective, parse_stages
-from src.objectives.adversarial import DRAWN
+from src.objectives.adversarial import DRAWN, pink_noise
 from src.objectives.contract import Nets
 from src.objectives.critics import augment
 from src.objectives.rollout import in_turn, roll_out, sample_through
@@ -488,6 +488,17 @@ def test_the_penalty_is_the_squared_slope_of_a_linear_critic(randomised):
     torch.testing.assert_close(logs["critic_steepness"], steepness, rtol=0.02, atol=1e-3)
     without = replace(model.objective, gamma=0.0).critic_loss(nets, data, noise, 0.0, draw)[0]
     torch.testing.assert_close((loss - without)[rows], 4 * 0.15 * steepness, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_pink_noise_falls_with_the_frequency_and_has_unit_variance(size):
+    torch.manual_seed(0)
+    z = pink_noise((512, 3, size, size))
+    assert z.var().item() == pytest.approx(1, abs=0.03) and z.dtype == torch.float32
+    power = torch.fft.fft2(z).abs().square().mean(dim=(0, 1))
+    along = power[0, : size // 2 + 1].sqrt()  # of horizontal waves: 0, 1, 2, ... cycles an image
+    torch.testing.assert_close(along / along[0], 1 / torch.arange(1, size // 2 + 2), rtol=0.1, atol=0.0)
+    torch.testing.assert_close(power, power.T, rtol=0.3, atol=0.0)
 
 
 def test_pairs_lie_in_the_rows_that_were_drawn():

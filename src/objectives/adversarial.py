@@ -24,9 +24,10 @@ class Adversarial(Objective):
 
     Images are generated with 1, 2 or 4 jumps, and the gradient goes through all of them (arXiv:2309.17400), divided by
     their number, so that a jump counts the same in each. The penalties are finite differences
-    (D(x) - D(x + step z))^2 / step^2 (arXiv:2511.22475) on every fourth image. An anchor holds one of the jumps near
-    that of the model the stage began with, and lets go, of long jumps more than of short ones, which that model takes
-    well already. Student and critic are without dropout.
+    (D(x) - D(x + step z))^2 / step^2 (arXiv:2511.22475) on every fourth image, along noise z with about the spectrum of
+    images: D's slope in a Sobolev norm (arXiv:1806.06621), which leaves D free to see grain. An anchor holds one of the
+    jumps near that of the model the stage began with, and lets go, of long jumps more than of short ones, which that
+    model takes well already. Student and critic are without dropout.
 
     Args:
         critic: "encoder", the way down of the stage's first model, or "conv", a small net from scratch.
@@ -38,7 +39,7 @@ class Adversarial(Objective):
         augmented: whether the critic sees augmented images.
     """
 
-    rate: float = 0.35
+    rate: float = 0.5
     critic: str = "encoder"
     critic_rate: float = 1.25
     critic_steps: int = 1
@@ -52,7 +53,14 @@ class Adversarial(Objective):
     keeps_velocity = False
     follows_progress = True
     beta1 = 0.0
-    citations = ("huang2024gan", "clark2024directly", "lin2025adversarial", "zhao2020differentiable", "sauer2024fast")
+    citations = (
+        "huang2024gan",
+        "clark2024directly",
+        "lin2025adversarial",
+        "adler2018banach",
+        "zhao2020differentiable",
+        "sauer2024fast",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -68,7 +76,7 @@ class Adversarial(Objective):
             "nfe": nfe,
             "position": position,
             "penalised": (torch.arange(shape[0]) + torch.randint(4, ())) % 4 == 0,
-            "step": torch.randn(shape) * self.STEP,
+            "step": pink_noise(shape) * self.STEP,
             "augmentation": torch.rand(shape[0], 6),
         }
 
@@ -115,3 +123,11 @@ class Adversarial(Objective):
             return real, fake
         drawn = draw["augmentation"].to(real.device, non_blocking=True)
         return augment(real, drawn), augment(fake, drawn)
+
+
+def pink_noise(shape: tuple[int, ...]) -> Tensor:
+    """Gaussian noise of unit variance, [B, C, H, W], whose amplitude falls as 1 / (1 + f), f in cycles an image."""
+    cycles = [torch.fft.fftfreq(side) * side for side in shape[-2:]]
+    amplitude = 1 / (1 + torch.hypot(cycles[0][:, None], cycles[1]))
+    amplitude = amplitude / amplitude.square().mean().sqrt()
+    return torch.fft.ifft2(torch.fft.fft2(torch.randn(shape)) * amplitude).real
