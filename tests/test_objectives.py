@@ -499,6 +499,9 @@ def test_pink_noise_falls_with_the_frequency_and_has_unit_variance(size):
     along = power[0, : size // 2 + 1].sqrt()  # of horizontal waves: 0, 1, 2, ... cycles an image
     torch.testing.assert_close(along / along[0], 1 / torch.arange(1, size // 2 + 2), rtol=0.1, atol=0.0)
     torch.testing.assert_close(power, power.T, rtol=0.3, atol=0.0)
+    step = make_objective("adversarial", create_custom_model(unet="small").scheduler).draw((64, 3, size, size))["step"]
+    assert step.std().item() == pytest.approx(0.01, rel=0.05)
+    assert step.diff(dim=-1).var() < step.var()  # twice of it in white noise
 
 
 def test_pairs_lie_in_the_rows_that_were_drawn():

@@ -24,10 +24,10 @@ class Adversarial(Objective):
 
     Images are generated with 1, 2 or 4 jumps, and the gradient goes through all of them (arXiv:2309.17400), divided by
     their number, so that a jump counts the same in each. The penalties are finite differences
-    (D(x) - D(x + step z))^2 / step^2 (arXiv:2511.22475) on every fourth image, along noise z with about the spectrum of
-    images: D's slope in a Sobolev norm (arXiv:1806.06621), which leaves D free to see grain. An anchor holds one of the
-    jumps near that of the model the stage began with, and lets go, of long jumps more than of short ones, which that
-    model takes well already. Student and critic are without dropout.
+    (D(x) - D(x + step z))^2 / step^2 (arXiv:2511.22475) on every fourth image, along noise z that falls with the
+    frequency, as images do: D's slope in a Sobolev norm (arXiv:1806.06621), which holds down less how D sees grain. An
+    anchor holds one of the jumps near that of the model the stage began with, and lets go, of long jumps more than of
+    short ones, which that model takes well already. Student and critic are without dropout.
 
     Args:
         critic: "encoder", the way down of the stage's first model, or "conv", a small net from scratch.
