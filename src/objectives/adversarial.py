@@ -23,11 +23,11 @@ class Adversarial(Objective):
     generated image (arXiv:2501.05441, eq. 2), with penalties on D's gradient at both.
 
     Images are generated with 1, 2 or 4 jumps, and the gradient goes through all of them (arXiv:2309.17400), divided by
-    their number, so that a jump counts the same in each. The penalties are finite differences
-    (D(x) - D(x + step z))^2 / step^2 (arXiv:2511.22475) on every fourth image, along noise z that falls with the
-    frequency, as images do: D's slope in a Sobolev norm (arXiv:1806.06621), which holds down less how D sees grain. An
-    anchor holds one of the jumps near that of the model the stage began with, and lets go, of long jumps more than of
-    short ones, which that model takes well already. Student and critic are without dropout.
+    the root of their number. The penalties are finite differences (D(x) - D(x + step z))^2 / step^2 (arXiv:2511.22475)
+    on every fourth image, along noise z as strong in each octave, as natural images are (Field 1987): D's slope in a
+    Sobolev norm (arXiv:1806.06621), which holds down less how D sees grain than white noise does. An anchor holds one
+    of the jumps near that of the model the stage began with, and lets go, of long jumps more than of short ones, which
+    that model takes well already. Student and critic are without dropout.
 
     Args:
         critic: "encoder", the way down of the stage's first model, or "conv", a small net from scratch.
@@ -58,6 +58,7 @@ class Adversarial(Objective):
         "clark2024directly",
         "lin2025adversarial",
         "adler2018banach",
+        "field1987relations",
         "zhao2020differentiable",
         "sauer2024fast",
     )
@@ -76,7 +77,7 @@ class Adversarial(Objective):
             "nfe": nfe,
             "position": position,
             "penalised": (torch.arange(shape[0]) + torch.randint(4, ())) % 4 == 0,
-            "step": pink_noise(shape) * self.STEP,
+            "step": octave_noise(shape) * self.STEP,
             "augmentation": torch.rand(shape[0], 6),
         }
 
@@ -94,7 +95,7 @@ class Adversarial(Objective):
         held = squared_error(u, anchor)
         weight = self.anchor * (self.anchor_end / self.anchor) ** (progress * (t - s))
         logs = {"loss_adversarial": adversarial.detach(), "anchor": held.detach()}
-        return adversarial / nfe + weight * held, logs
+        return adversarial / nfe.sqrt() + weight * held, logs
 
     def critic_loss(
         self, nets: Nets, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
@@ -125,9 +126,10 @@ class Adversarial(Objective):
         return augment(real, drawn), augment(fake, drawn)
 
 
-def pink_noise(shape: tuple[int, ...]) -> Tensor:
-    """Gaussian noise of unit variance, [B, C, H, W], whose amplitude falls as 1 / (1 + f), f in cycles an image."""
-    cycles = [torch.fft.fftfreq(side) * side for side in shape[-2:]]
-    amplitude = 1 / (1 + torch.hypot(cycles[0][:, None], cycles[1]))
-    amplitude = amplitude / amplitude.square().mean().sqrt()
-    return torch.fft.ifft2(torch.fft.fft2(torch.randn(shape)) * amplitude).real
+def octave_noise(shape: tuple[int, ...]) -> Tensor:
+    """Gaussian noise of unit variance, [B, C, H, H], as strong in each octave: white noise of H, H / 2, ..., 1 pixels a
+    side, enlarged and added up."""
+    sides = [shape[-1] >> k for k in range(shape[-1].bit_length())]
+    z = sum(F.interpolate(torch.randn(*shape[:2], side, side), size=shape[-2:], mode="bilinear") for side in sides)
+    weights = [F.interpolate(torch.eye(side)[None], size=shape[-1], mode="linear") for side in sides]
+    return z / sum(w.square().sum(1).mean() ** 2 for w in weights).sqrt()  # enlarged noise has less variance
