@@ -117,7 +117,7 @@ def parse_arguments() -> argparse.Namespace:
     preset = parser.parse_known_args()[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))
     args = parser.parse_args()
-    if args.objective:
+    if args.objective is not None:
         args.stages = f"{args.objective}:1"
     for flag, given in (("--features", args.features), ("--eval_samples", args.eval_samples is not None)):
         if given and not args.eval_interval:
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
     save_dir = Path("results") / get_current_time() if default_dir else Path(args.save_dir)
     shares = parse_stages(args.stages)
     kinds = [parse_objective(name)[0] for name, _ in shares]
-    if kinds[0].needs_teacher and not args.teacher:
+    if kinds[0].needs_teacher and args.teacher is None:
         raise UserError(
             f"{shares[0][0]} learns from a trained model: name its checkpoint with --teacher, "
             f"or train one before it: --stages rectified_flow:0.5,{shares[0][0]}:0.5"
@@ -176,7 +176,7 @@ def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
         images, data_hash = load_images(args.data_root, args.split_dir, args.image_size)
     seed_everything(args.seed)
     model = create_custom_model(device, objective=shares[0][0], **settings)
-    taught_by = start_from(args.teacher, model) if args.teacher else None
+    taught_by = start_from(args.teacher, model) if args.teacher is not None else None
     started_from = model.objective if taught_by else None
     stages = plan(shares, lambda name: make_objective(name, model.scheduler), recipe.num_iterations, started_from)
     model_config = {

@@ -13,6 +13,7 @@ OUT/curve.png (distance against NFE), OUT/objectives.json and OUT/grid.png, one 
 import argparse
 import copy
 import json
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -131,6 +132,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     args = parser.parse_args(ours)
     if args.seeds < 1 or args.samples < 2:
         raise UserError("--seeds must be at least 1, and --samples at least 2")
+    if not 0 < args.budget < math.inf:
+        raise UserError(f"--budget {args.budget}: a number of network evaluations, more than 0")
     if len(set(args.training_seeds)) < len(args.training_seeds):
         raise UserError("name each training seed once: the same run twice says nothing of their spread")
     return args, theirs
@@ -144,9 +147,7 @@ def measure(
     if not result.exists():
         cost = train()
         model = load_model(final, create_custom_model, device)
-        commit = environment(device)["commit"]
-        distances = scores_of(model, scorers)
-        write_json(result, {**cost, "settings": settings, "commit": commit, "distances": distances})
+        write_json(result, {**cost, "settings": settings, "distances": scores_of(model, scorers)})
     row = json.loads(result.read_text())
     if row["settings"] != settings:
         raise UserError(f"{result} was measured with {row['settings']}: choose another --out")
@@ -194,6 +195,8 @@ def main() -> None:
     batch = argparse.ArgumentParser()
     batch.add_argument("--batch_size", type=int, default=Recipe.batch_size)
     batch_size = batch.parse_known_args(extra)[0].batch_size
+    if batch_size < 1:
+        raise UserError(f"--batch_size {batch_size} after --: at least 1")
     scoring = args.data_root, args.split_dir, start.image_size, args.samples, args.features, device
     scorers = [Scorer(*scoring, seed=1_000_000 * (1 + i)) for i in range(args.seeds)]
     chains = {name: parse_stages(name if ":" in name else f"{name}:1") for name in args.objectives}
@@ -214,8 +217,10 @@ def main() -> None:
         steps, cost = planned[name]
         command = [*common, "--num_iterations", str(steps), "--seed", str(seed), "--save_dir", str(folder)]
         run_to_the_end([*command, "--stages" if ":" in name else "--objective", name, *extra])
-        hours = json.loads((folder / "run.json").read_text())["device_hours"]
-        return {"evaluations_a_sample": cost, "samples": steps * batch_size, "hours": hours}
+        record = json.loads((folder / "run.json").read_text())
+        commits = sorted({session["environment"]["commit"] for session in record["sessions"]})  # that trained it
+        hours = record["device_hours"]
+        return {"evaluations_a_sample": cost, "samples": steps * batch_size, "hours": hours, "commits": commits}
 
     def smoothed(run: dict, final: Path, folder: Path) -> dict:
         choose_smoothing(final, folder, NFES, SEARCHED, 0, (args.data_root, args.split_dir), device)
@@ -224,7 +229,7 @@ def main() -> None:
     # By content, not by name: another start at the same place is another measurement.
     settings = {"start": weights_hash(start), "data": data_hash, "scores": [scorer.key for scorer in scorers]}
     settings |= {"budget": args.budget, "extra": extra}
-    nothing = {"evaluations_a_sample": 0.0, "samples": 0, "hours": 0.0}
+    nothing = {"evaluations_a_sample": 0.0, "samples": 0, "hours": 0.0, "commits": [environment(device)["commit"]]}
     rows = {"start": [measure(args.out / "start", Path(args.start), settings, lambda: nothing, scorers, device)]}
     grid = {"start": side_by_side(Path(args.start), device)}
     for name in chains:
@@ -244,7 +249,7 @@ def main() -> None:
                 grid[f"{name}, smoothed, seed {seed}"] = side_by_side(smooth / final.name, device)
 
     distance, floor, runs = scorers[0].features.distance, scorers[0].floor, len(args.training_seeds)
-    commits = sorted({run["commit"][:7] for name in chains for run in rows[name]})
+    commits = sorted({commit[:7] for name in chains for run in rows[name] for commit in run["commits"]})
     parameters = sum(p.numel() for p in start.parameters()) / 1e6
     over = f"{runs} training runs (start: over sampling seeds)" if runs > 1 else "sampling seeds of one training run"
     text = (

@@ -80,6 +80,7 @@ def test_bad_arguments_get_one_line_before_anything_is_scored(workdir, monkeypat
     refused("has no extra condition, which jumps need")
     refused("--preset=quick after -- is for this script to choose", "--", "--preset=quick")
     refused("--seeds must be at least 1", "--seeds", "0")
+    refused("--budget nan: a number of network evaluations", "--budget", "nan")
     refused("name each training seed once", "--training_seeds", "1", "1")
 
 

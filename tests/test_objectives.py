@@ -497,6 +497,7 @@ def test_octave_noise_has_unit_variance_and_as_much_of_each_octave(size):
     assert z.var().item() == pytest.approx(1, abs=0.03) and z.dtype == torch.float32
     power = torch.fft.fft2(z).abs().square().mean(dim=(0, 1)) / size**4  # its sum is z's mean square
     torch.testing.assert_close(power, power.T, rtol=0.3, atol=0.0)
+    assert 0.25 < power[0, 0] < 0.35  # of one colour
     cycles = torch.fft.fftfreq(size) * size
     f = torch.hypot(cycles[:, None], cycles)
     octaves = [power[(f >= 2**k) & (f < 2 ** (k + 1))].sum() for k in range(size.bit_length() - 2)]
@@ -531,6 +532,7 @@ def test_the_anchor_lets_go_of_long_jumps_most(randomised):
     nets, draw = nets_of(model), model.objective.draw(data.shape)
     with torch.no_grad():
         (began, logs), (ended, _) = (model.objective.loss(nets, data, noise, progress, draw) for progress in (0.0, 1.0))
+    torch.testing.assert_close(began, logs["loss_adversarial"] / draw["nfe"].sqrt() + 2 * logs["anchor"])
     weight_lost = (began - ended) / logs["anchor"]
     length = 1 / draw["nfe"]
     assert set(length.tolist()) == {1.0, 0.5, 0.25}

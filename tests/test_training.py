@@ -194,6 +194,8 @@ def test_flags_that_would_be_ignored_are_refused(faces, workdir, script_env, fla
         (["--stages", "rectified_flow:0.5,shortcut:0.4"], "must add up to 1"),
         (["--objective", "reflow"], "reflow learns from a trained model: name its checkpoint with --teacher"),
         (["--objective", "reflow", "--teacher", "missing.pt"], "no checkpoint at missing.pt"),
+        (["--objective", ""], "unknown objective ''"),  # of an empty variable: it trained the default
+        (["--teacher", ""], "no checkpoint at : train one first"),
     ],
 )
 def test_objectives_that_cannot_be_trained_are_refused(faces, workdir, script_env, flags, message):

@@ -24,10 +24,10 @@ class Adversarial(Objective):
 
     Images are generated with 1, 2 or 4 jumps, and the gradient goes through all of them (arXiv:2309.17400), divided by
     the root of their number. The penalties are finite differences (D(x) - D(x + step z))^2 / step^2 (arXiv:2511.22475)
-    on every fourth image, along noise z as strong in each octave, as natural images are (Field 1987): D's slope in a
-    Sobolev norm (arXiv:1806.06621), which holds down less how D sees grain than white noise does. An anchor holds one
-    of the jumps near that of the model the stage began with, and lets go, of long jumps more than of short ones, which
-    that model takes well already. Student and critic are without dropout.
+    on every fourth image, along noise z about as strong in each octave, as natural images are (Field 1987): D's slope
+    in a Sobolev norm (arXiv:1806.06621), which holds down less how D sees grain than white noise does, and more how it
+    sees colour. An anchor holds one of the jumps near that of the model the stage began with, and lets go, of long
+    jumps more than of short ones, which that model takes well already. Student and critic are without dropout.
 
     Args:
         critic: "encoder", the way down of the stage's first model, or "conv", a small net from scratch.
@@ -127,8 +127,8 @@ class Adversarial(Objective):
 
 
 def octave_noise(shape: tuple[int, ...]) -> Tensor:
-    """Gaussian noise of unit variance, [B, C, H, H], as strong in each octave: white noise of H, H / 2, ..., 1 pixels a
-    side, enlarged and added up."""
+    """Gaussian noise of unit variance, [B, C, H, H]: white noise of H, H / 2, ..., 1 pixels a side, enlarged and added
+    up. About a third is one shift of each channel, the rest about as strong in each octave of frequencies."""
     sides = [shape[-1] >> k for k in range(shape[-1].bit_length())]
     z = sum(F.interpolate(torch.randn(*shape[:2], side, side), size=shape[-2:], mode="bilinear") for side in sides)
     weights = [F.interpolate(torch.eye(side)[None], size=shape[-1], mode="linear") for side in sides]

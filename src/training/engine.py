@@ -154,7 +154,7 @@ def plan(
         if stage.objective.asks_velocity and before is not None and not before.keeps_velocity:
             raise UserError(
                 f"{stage.name} learns from the velocity of its teacher, which kept only its jumps: "
-                f"name an earlier checkpoint with --teacher, or put the stage before the adversarial one"
+                f"name an earlier checkpoint with --teacher, or put the stage before the one that gave the velocity up"
             )
         before = stage.objective
     return stages
