@@ -133,13 +133,17 @@ def test_a_checkpoint_from_a_device_with_another_layout_is_restored(faces, workd
         assert torch.equal(a, b)
 
 
-def test_leftovers_of_killed_saves_are_cleared_and_a_whole_next_checkpoint_is_used(faces, workdir):
+def test_leftovers_of_killed_saves_are_cleared_and_a_whole_next_checkpoint_is_used(faces, workdir, capsys):
     run(str(faces), "run", 5)
     (workdir / "run/last.ckpt").rename(workdir / "run/next.ckpt")  # killed between two renames
     leftover = workdir / "run/.next.ckpt.123.tmp"
     leftover.write_bytes(b"half")
+    record = json.loads((workdir / "run/run.json").read_text())
+    record["sessions"][0]["environment"]["commit"] = "another"
+    (workdir / "run/run.json").write_text(json.dumps(record))
     run(str(faces), "run", 6)
     assert not leftover.exists()
+    assert "warning: run/run.json began with commit another and goes on with " in capsys.readouterr().err
     sessions = json.loads((workdir / "run/run.json").read_text())["sessions"]
     assert [one["first_step"] for one in sessions] == [0, 5]
 

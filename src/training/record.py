@@ -60,6 +60,9 @@ class RunRecord:
             "last_step": step,
             "seconds": 0.0,
         }
+        commits = [one["environment"]["commit"] for one in (*earlier, session)]
+        if commits[-1] != commits[0]:
+            print(f"warning: {path} began with commit {commits[0]} and goes on with {commits[-1]}", file=sys.stderr)
         self.content = {**facts, "sessions": [*earlier, session]}
         self.began = time.monotonic()
 
