@@ -18,7 +18,7 @@ test: .venv/ready
 	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && timeout 300 apt-get install -y chromium >/dev/null 2>&1; } \
 		|| echo "no browser here, and none can be installed: the test of the report's page is skipped"
 	$(PY) -m ruff check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 .venv/ready: requirements.txt requirements-dev.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10-3.13 with the venv module found: install one" \
