@@ -186,17 +186,17 @@ def table(rows: dict[str, list[dict]]) -> list[str]:
 
 def main() -> None:
     args, extra = parse_arguments()
+    batch = argparse.ArgumentParser()
+    batch.add_argument("--batch_size", type=int, default=Recipe.batch_size)
+    batch_size = batch.parse_known_args(extra)[0].batch_size
+    if batch_size < 1:
+        raise UserError(f"--batch_size {batch_size} after --: at least 1")
     device = pick_device(args.device)
     start = load_model(args.start, create_custom_model, device)
     if not start.network.use_additional_condition:
         raise UserError(f"{args.start} has no extra condition, which jumps need: train it --use_additional_condition")
     config = json.loads(Path(args.start).with_name("model_config.json").read_text())
     images, data_hash = load_images(args.data_root, args.split_dir, start.image_size)
-    batch = argparse.ArgumentParser()
-    batch.add_argument("--batch_size", type=int, default=Recipe.batch_size)
-    batch_size = batch.parse_known_args(extra)[0].batch_size
-    if batch_size < 1:
-        raise UserError(f"--batch_size {batch_size} after --: at least 1")
     scoring = args.data_root, args.split_dir, start.image_size, args.samples, args.features, device
     scorers = [Scorer(*scoring, seed=1_000_000 * (1 + i)) for i in range(args.seeds)]
     chains = {name: parse_stages(name if ":" in name else f"{name}:1") for name in args.objectives}

@@ -54,7 +54,10 @@ def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, ti
     written = trained.stat().st_mtime_ns
     assert compare() == table and trained.stat().st_mtime_ns == written
 
-    scores = trained.with_name("scores.json")
+    scores, record = trained.with_name("scores.json"), trained.with_name("run.json")
+    record.write_text(record.read_text().replace(one["commits"][0], "f" * 40))
+    scores.unlink()
+    assert "fffffff" in compare()  # the commit that trained it, not the one that scores it now
     measured = json.loads(scores.read_text())
     measured["settings"]["options"][0]["rate"] = 0.5  # as if this had been the default
     write_json(scores, measured)
@@ -81,6 +84,7 @@ def test_bad_arguments_get_one_line_before_anything_is_scored(workdir, monkeypat
     refused("--preset=quick after -- is for this script to choose", "--", "--preset=quick")
     refused("--seeds must be at least 1", "--seeds", "0")
     refused("--budget nan: a number of network evaluations", "--budget", "nan")
+    refused("--batch_size 0 after --: at least 1", "--", "--batch_size", "0")
     refused("name each training seed once", "--training_seeds", "1", "1")
 
 
