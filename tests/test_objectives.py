@@ -474,8 +474,8 @@ def test_each_stage_learns_from_the_average_that_the_one_before_left():
 
 def test_the_penalty_is_the_squared_slope_of_a_linear_critic(randomised):
     class Linear(torch.nn.Module):
-        def forward(self, x):
-            return 0.01 * x.sum((1, 2, 3))
+        def forward(self, x, nfe):
+            return 0.01 * nfe * x.sum((1, 2, 3))
 
     objective = "adversarial/gamma=0.3/augmented=false"
     model = randomised(create_custom_model(objective=objective, unet="small", image_size=32))
@@ -484,10 +484,26 @@ def test_the_penalty_is_the_squared_slope_of_a_linear_critic(randomised):
     loss, logs = model.objective.critic_loss(nets, data, noise, 0.0, draw)
     rows = draw["penalised"].nonzero().squeeze(1)
     assert len(rows) == 2
-    steepness = 2 * (0.01 * draw["step"][rows].sum((1, 2, 3)) / 0.01).square()  # at the real and at the generated state
+    slope = 0.01 * draw["nfe"][rows] * draw["step"][rows].sum((1, 2, 3)) / 0.01
+    steepness = 2 * slope.square()  # at the real and at the generated state
     torch.testing.assert_close(logs["critic_steepness"], steepness, rtol=0.02, atol=1e-3)
     without = replace(model.objective, gamma=0.0).critic_loss(nets, data, noise, 0.0, draw)[0]
     torch.testing.assert_close((loss - without)[rows], 4 * 0.15 * steepness, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "conv"])
+def test_each_nfe_is_judged_by_a_last_layer_of_its_own(kind, randomised):
+    model = randomised(create_custom_model(objective=f"adversarial/critic={kind}", unet="small", image_size=32))
+    critic = nets_of(model).critic
+    x, nfe = batch(6)[0], torch.tensor([4, 1, 2, 1, 4, 2])
+    before = critic(x, nfe)
+    for image, k, judged in zip(x, nfe, before, strict=True):  # whoever else is in the batch
+        torch.testing.assert_close(critic(image[None], k[None]), judged[None], rtol=1e-4, atol=1e-4)
+    last = [critic.tail] if kind == "conv" else [head[-1] for head in critic.heads]
+    with torch.no_grad():
+        for layer in last:
+            layer.weight[2] += 1
+    assert torch.equal(critic(x, nfe) != before, nfe == 4)
 
 
 @pytest.mark.parametrize("size", [32, 64])

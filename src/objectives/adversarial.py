@@ -91,7 +91,7 @@ class Adversarial(Objective):
         with torch.no_grad(), eval_mode(nets.teacher):
             anchor = nets.teacher.velocity(x_t, t, s)
         real, fake = self._seen(data, fake, draw)
-        adversarial = F.softplus(nets.critic(real) - nets.critic(fake))
+        adversarial = F.softplus(nets.critic(real, nfe) - nets.critic(fake, nfe))
         held = squared_error(u, anchor)
         weight = self.anchor * (self.anchor_end / self.anchor) ** (progress * (t - s))
         logs = {"loss_adversarial": adversarial.detach(), "anchor": held.detach()}
@@ -100,10 +100,11 @@ class Adversarial(Objective):
     def critic_loss(
         self, nets: Nets, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        nfe = draw["nfe"].to(data.device, non_blocking=True)
         with torch.no_grad():
             fake, *_ = sample_through(nets.student, noise, draw["nfe"], draw["position"])
             real, fake = self._seen(data, fake, draw)
-        d_real, d_fake = nets.critic(torch.cat([real, fake])).chunk(2)
+        d_real, d_fake = nets.critic(torch.cat([real, fake]), nfe.repeat(2)).chunk(2)
         loss = F.softplus(d_fake - d_real)
         rows = draw["penalised"].nonzero().squeeze(1).to(data.device, non_blocking=True)
         step = draw["step"].to(data.device, non_blocking=True)[rows]
@@ -112,7 +113,7 @@ class Adversarial(Objective):
             x = torch.cat([real[rows], fake[rows]])
             moved = x + torch.cat([step, step])
             with torch.autocast(data.device.type, enabled=False):  # bfloat16 would round the differences away
-                before, after = nets.critic(torch.cat([x, moved])).chunk(2)
+                before, after = nets.critic(torch.cat([x, moved]), nfe[rows].repeat(4)).chunk(2)
             steepness = ((after - before) / self.STEP).square().reshape(2, -1).sum(0)
             loss = loss.index_add(0, rows, 4 * self.gamma / 2 * steepness)  # of every fourth
         right = (d_real > d_fake).float()

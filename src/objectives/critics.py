@@ -1,4 +1,7 @@
-"""Critics of images: [B, C, H, W] -> one number an image, [B], in float32."""
+"""Critics: images [B, C, H, W], sampled with `nfe` [B] network calls each -> one number an image, [B], in float32.
+
+One net whose last layer each NFE has its own of: all learn from its features, and none is judged by how others fail.
+"""
 
 import copy
 import math
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.module import DownSample
+from src.utils import NFES
 
 
 class ConvCritic(nn.Module):
@@ -27,15 +31,16 @@ class ConvCritic(nn.Module):
         widths = [width * min(2**i, 4) for i in range(halvings + 2)]
         self.blocks = nn.ModuleList([_Block(a, b) for a, b in zip(widths, widths[1:], strict=False)])
         self.halvings = halvings
-        self.tail = nn.Linear(widths[-1] * math.prod(side >> halvings for side in size), 1, bias=False)
+        self.tail = nn.Linear(widths[-1] * math.prod(side >> halvings for side in size), len(NFES), bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, nfe: Tensor) -> Tensor:
         h = self.head(x)
         for i, block in enumerate(self.blocks):
             h = block(h)
             if i < self.halvings:
                 h = F.avg_pool2d(h, 2)
-        return (F.leaky_relu(h, 0.2).flatten(1) * self.tail.weight).sum(1)  # no product that autocast would round
+        # No matrix product: autocast would round it.
+        return (F.leaky_relu(h, 0.2).flatten(1) * self.tail.weight[_place(nfe)]).sum(1)
 
 
 class _Block(nn.Module):
@@ -77,12 +82,12 @@ class EncoderCritic(nn.Module):
                 nn.SiLU(),
                 nn.Conv2d(width, 64, 3, padding=1),
                 nn.LeakyReLU(0.2),
-                nn.Conv2d(64, 1, 1, bias=False),  # only differences of judgements matter
+                nn.Conv2d(64, len(NFES), 1, bias=False),  # only differences of judgements matter
             )
             for width in ends
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, nfe: Tensor) -> Tensor:
         network, zero = self.network, x.new_zeros(len(x))
         temb = network.time_embedding(zero)
         if network.use_additional_condition:
@@ -94,7 +99,13 @@ class EncoderCritic(nn.Module):
             h = layer(h, temb)
         for layer in network.middleblocks:
             h = layer(h, temb)
-        return sum(head(f).float().mean(dim=(1, 2, 3)) for head, f in zip(self.heads, [*features, h], strict=True))
+        judged = sum(head(f).float().mean(dim=(2, 3)) for head, f in zip(self.heads, [*features, h], strict=True))
+        return judged.gather(1, _place(nfe)[:, None]).squeeze(1)
+
+
+def _place(nfe: Tensor) -> Tensor:
+    """Where each of `nfe` [B] stands in NFES."""
+    return sum((nfe > k).long() for k in NFES[:-1])
 
 
 def augment(x: Tensor, draw: Tensor) -> Tensor:
