@@ -618,6 +618,9 @@ def test_a_teacher_without_velocity_is_refused(name):
         plan(parse_stages(f"rectified_flow:0.4,adversarial:0.3,{name}:0.3"), make, 100)
     with pytest.raises(UserError, match=f"{name} learns from the velocity of its teacher"):
         plan(parse_stages(f"{name}:1"), make, 100, make("adversarial"))
+    for without in ("alpha_flow/flow=0", "trajectory/flow=0"):
+        with pytest.raises(UserError, match=f"{name} learns from the velocity of its teacher"):
+            plan(parse_stages(f"{without}:0.5,{name}:0.5"), make, 100)
     plan(parse_stages(f"rectified_flow:0.4,{name}:0.3,adversarial:0.3"), make, 100, make("shortcut"))
 
 

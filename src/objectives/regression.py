@@ -24,6 +24,10 @@ class JumpRegression(Objective, ABC):
     flow: float = 0.5
     clip: float = 4.0
 
+    @property
+    def keeps_velocity(self) -> bool:
+        return self.flow > 0
+
     @abstractmethod
     def jumps(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """Times t and lengths d in (0, t] of random jumps, [batch_size] each."""

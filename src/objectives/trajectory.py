@@ -28,6 +28,10 @@ class Trajectory(Objective):
     asks_velocity = True
     citations = ("kim2024consistency",)
 
+    @property
+    def keeps_velocity(self) -> bool:
+        return self.flow > 0
+
     def draw(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         # Half of the jumps start from pure noise or end at data, as many do in a sample of few steps.
         batch_size = shape[0]
