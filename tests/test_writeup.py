@@ -82,6 +82,26 @@ def test_write_up_is_whole_and_keeps_the_teams_words(project):
     assert build(project).returncode == 0 and words.read_text() == own
 
 
+def test_a_run_of_other_objectives_is_told(project):
+    def git(*command: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *command]
+        return subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout.strip()
+
+    told = "warning: run trained the objectives of commit"
+    assert told in build(project).stderr  # without a repository nobody knows
+    code = project / "src/objectives/some.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("a = 1\n")
+    git("init", "-q")
+    git("add", "src")
+    git("commit", "-qm", "some")
+    changed(project, lambda r: [s["environment"].update(commit=git("rev-parse", "HEAD")) for s in r["sessions"]])
+    assert build(project).stderr == ""
+    code.write_text("a = 2\n")
+    result = build(project)
+    assert result.returncode == 0 and told in result.stderr
+
+
 def changed(project: Path, change) -> None:
     """The run's record and, alike, where its report says the model comes from; but for a stage that is gone."""
     path, report = project / "run/run.json", project / "run/report/report.json"

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -149,6 +150,18 @@ def check_keys(keys: list[str], known: set[str]) -> None:
         raise Fault(f"references.bib has no entry {', '.join(unknown)}: add it")
 
 
+def warn_of_other_code(run: Path, commit: str) -> None:
+    """methods.typ tells what the objectives are now; a run may have trained what they were."""
+    where = [commit, "--", "src/objectives"]
+    try:
+        code = subprocess.run(["git", "diff", "--quiet", *where], cwd=HERE.parent, capture_output=True).returncode
+    except OSError:
+        code = -1
+    if code:  # without a repository too
+        told = f"warning: {run} trained the objectives of commit {commit}, which may not be what methods.typ tells"
+        print(f"{told}: see git diff {' '.join(where)}", file=sys.stderr)
+
+
 def by_nfe(values: dict[str, float | list[float]]) -> str:
     return "; ".join(f"{str(value).strip('[]')} at NFE {nfe}" for nfe, value in values.items())
 
@@ -176,6 +189,9 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
     check_keys([*cited, *scored["citations"]], known)
     settings, model = last["arguments"], last["model_config"]
     sessions = [session for record in records for session in record["sessions"]]
+    for run, record in zip(runs, records, strict=True):
+        for commit in sorted({session["environment"]["commit"] for session in record["sessions"]}):
+            warn_of_other_code(run, commit)
     devices = dict.fromkeys(f"{session['processes']} x {session['environment']['chip']}" for session in sessions)
     full = model["unet"] == "full" and model["image_size"] == 64
     nfes = list(scored["nfe"])
