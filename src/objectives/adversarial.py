@@ -20,7 +20,7 @@ DRAWN = [jump for i in range(4) for jump in ((1, 0), (2, i // 2), *[(1, 0)] * 3,
 @dataclass(eq=False)
 class Adversarial(Objective):
     """softplus(D(real) - D(fake)) for the student and with the sign turned for the critic D, on pairs of a real and a
-    generated image (arXiv:2501.05441, eq. 2), with penalties on D's gradient at both.
+    generated image (arXiv:2501.05441, eq. 2), with penalties on D's gradient at both. D has a last layer for each NFE.
 
     Images are generated with 1, 2 or 4 jumps, and the gradient goes through all of them (arXiv:2309.17400), divided by
     the root of their number. The penalties are finite differences (D(x) - D(x + step z))^2 / step^2 (arXiv:2511.22475)
@@ -57,6 +57,7 @@ class Adversarial(Objective):
         "huang2024gan",
         "clark2024directly",
         "lin2025adversarial",
+        "choi2020stargan",
         "adler2018banach",
         "field1987relations",
         "zhao2020differentiable",

@@ -1,6 +1,7 @@
 """Critics: images [B, C, H, W], sampled with `nfe` [B] network calls each -> one number an image, [B], in float32.
 
-One net whose last layer each NFE has its own of: all learn from its features, and none is judged by how others fail.
+One net with a last layer for each NFE (arXiv:1912.01865 has one for each domain): its features are learned from all
+samples, and none of them is judged by how those of another NFE fail.
 """
 
 import copy
