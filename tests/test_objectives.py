@@ -472,7 +472,7 @@ def test_each_stage_learns_from_the_average_that_the_one_before_left():
     assert teachers[1].objective.steps == 2  # and is asked as that stage taught it
 
 
-def test_the_penalty_is_the_squared_slope_of_a_linear_critic(randomised):
+def test_losses_and_penalty_of_a_linear_critic(randomised):
     class Linear(torch.nn.Module):
         def forward(self, x, nfe):
             return 0.01 * nfe * x.sum((1, 2, 3))
@@ -481,6 +481,8 @@ def test_the_penalty_is_the_squared_slope_of_a_linear_critic(randomised):
     model = randomised(create_custom_model(objective=objective, unet="small", image_size=32))
     data, noise = batch(8)
     nets, draw = nets_of(model)._replace(critic=Linear()), model.objective.draw(data.shape)
+    assert draw["penalised"].sum() == 2
+    draw["penalised"] = draw["nfe"] > 1  # two as well: one of each
     loss, logs = model.objective.critic_loss(nets, data, noise, 0.0, draw)
     rows = draw["penalised"].nonzero().squeeze(1)
     assert len(rows) == 2
@@ -489,6 +491,12 @@ def test_the_penalty_is_the_squared_slope_of_a_linear_critic(randomised):
     torch.testing.assert_close(logs["critic_steepness"], steepness, rtol=0.02, atol=1e-3)
     without = replace(model.objective, gamma=0.0).critic_loss(nets, data, noise, 0.0, draw)[0]
     torch.testing.assert_close((loss - without)[rows], 4 * 0.15 * steepness, rtol=0.02, atol=1e-3)
+    # Both sides judge each pair as samples of its NFE.
+    fake = sample_through(model, noise, draw["nfe"], draw["position"])[0]
+    ahead = 0.01 * draw["nfe"] * (data - fake).sum((1, 2, 3))
+    torch.testing.assert_close(without, torch.nn.functional.softplus(-ahead), rtol=1e-3, atol=1e-4)
+    student = model.objective.loss(nets, data, noise, 0.0, draw)[1]["loss_adversarial"]
+    torch.testing.assert_close(student, torch.nn.functional.softplus(ahead).detach(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "conv"])
