@@ -13,9 +13,9 @@ from unittest.mock import DEFAULT, patch
 import numpy as np
 import pytest
 import torch
-from toy import one_stage
+from toy import MLP, one_stage
 
-from custom_model import create_custom_model
+from custom_model import CustomGenerativeModel, CustomScheduler, create_custom_model
 from src.training.__main__ import rebuild
 from src.training.data import load_images
 from src.training.ema import PowerEMA, gamma_of
@@ -131,6 +131,18 @@ def test_a_checkpoint_from_a_device_with_another_layout_is_restored(faces, workd
         training.step()
     for a, b in zip(here.model.parameters(), there.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_critic_of_another_form_is_refused_in_a_line():
+    """As a run is that was interrupted before its critic had a last layer for each NFE."""
+    network, scheduler = MLP(use_additional_condition=True), CustomScheduler(1000)
+    model = CustomGenerativeModel(network, scheduler, objective="adversarial/critic=conv")
+    training = Training(model, np.zeros((16, 1, 1, 2), np.uint8), Recipe(batch_size=8), one_stage(model))
+    checkpoint = {"state_dict": training.ema.model.state_dict(), "training": training.state()}
+    training.restore(checkpoint)
+    checkpoint["training"]["critic"]["tail.weight"] = checkpoint["training"]["critic"]["tail.weight"][:1]
+    with pytest.raises(UserError, match="critic of another form .* run.json names, or choose another --save_dir"):
+        training.restore(checkpoint)
 
 
 def test_leftovers_of_killed_saves_are_cleared_and_a_whole_next_checkpoint_is_used(faces, workdir, capsys):

@@ -414,7 +414,7 @@ class Training:
         return state
 
     def restore(self, checkpoint: dict) -> None:
-        """Go on from a checkpoint of `save_last`."""
+        """Go on from a checkpoint of `save_last`. UserError if its critic is not the one that this code makes."""
         state = checkpoint["training"]
         self._begin(state["stage"])
         self.model.load_state_dict(state["student"])
@@ -424,7 +424,13 @@ class Training:
         if self.nets.teacher is not None:
             self.nets.teacher.load_state_dict(state["teacher"])
         if self.nets.critic is not None:
-            self.nets.critic.load_state_dict(state["critic"])
+            try:
+                self.nets.critic.load_state_dict(state["critic"])
+            except RuntimeError:
+                raise UserError(
+                    "the run was interrupted with a critic of another form than this code's: go on with the commit "
+                    "that its run.json names, or choose another --save_dir"
+                ) from None
             _load_optimizer(self.critic_optimizer, state["critic_optimizer"])
         self.steps = state["step"]
 
