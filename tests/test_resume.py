@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 from unittest.mock import DEFAULT, patch
@@ -42,7 +43,8 @@ def tensors(tree) -> list[torch.Tensor]:
     return [t for value in (tree.values() if isinstance(tree, dict) else []) for t in tensors(value)]
 
 
-def test_runs_killed_twenty_times_end_bitwise_equal_to_one_never_killed(faces, workdir):
+def test_runs_killed_twenty_times_end_bitwise_equal_to_one_never_killed(faces, workdir, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # or the server finds nothing to preload, in silence
     context = multiprocessing.get_context("forkserver")  # a fresh process each time, without the import's seconds
     context.set_forkserver_preload(["src.training.engine", "custom_model", "test_resume"])
     metrics = workdir / "killed/metrics.jsonl"
