@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from src.training.distributed import World
 from src.utils import CACHE, UserError, weights_hash, write_json
 
 CHUNK = 64  # pairs that are generated, written and marked as done together
+VERIFIED = 16  # pairs that are generated once more, to see whether they are the teacher's
 
 
 @torch.no_grad()
@@ -68,8 +69,8 @@ def load_pairs(
         raise UserError(f"{folder} is not on this machine: several machines need one data/cache on a shared disk")
     noise, images, done = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("noise", "images", "done"))
 
-    def generated(start: int, end: int) -> tuple[Tensor, Tensor]:
-        own = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(start, end)]
+    def generated(indices: Iterable[int]) -> tuple[Tensor, Tensor]:
+        own = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in indices]
         eps = torch.stack([torch.randn(shape, generator=one) for one in own]).half().float().to(teacher.device)
         return eps, solve(teacher, eps, objective.solver, objective.solver_steps)
 
@@ -77,20 +78,19 @@ def load_pairs(
     with interruptible():
         for chunk in tqdm(own, desc=f"pairs -> {folder}", unit=f"x{CHUNK}", disable=world.rank > 0 or not own):
             rows = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, objective.pairs))
-            noise[rows], images[rows] = (x.half().cpu().numpy() for x in generated(rows.start, rows.stop))
+            noise[rows], images[rows] = (x.half().cpu().numpy() for x in generated(range(rows.start, rows.stop)))
             noise.flush(), images.flush()
             done[chunk] = True
             done.flush()
     world.any(False)  # wait for each other
     if not done.all():
         raise UserError(f"{folder} is incomplete ({int(done.sum())} of {len(done)} parts): the same command goes on")
-    for chunk in np.linspace(0, len(done) - 1, 3).astype(int).tolist():
-        row = chunk * CHUNK
-        with torch.compiler.set_stance("force_eager"):  # for one row
-            eps, image = generated(row, row + 1)
-        same = np.array_equal(noise[row], eps[0].cpu().numpy())
+    some = np.random.default_rng(seed).choice(objective.pairs, min(VERIFIED, objective.pairs), replace=False)
+    with torch.compiler.set_stance("force_eager"):  # their number is another than a batch's
+        again = [x.cpu().numpy() for x in generated(some.tolist())]
+    for row, eps, image in zip(some, *again, strict=True):
         # Batch sizes and chips round images differently; another teacher's differ by far more.
-        if not (same and np.abs(images[row] - image[0].cpu().numpy()).mean() < 0.03):
+        if not (np.array_equal(noise[row], eps) and np.abs(images[row] - image).mean() < 0.03):
             raise UserError(f"pair {row} of {folder} is not what the teacher makes of its noise: delete that folder")
     return noise, images
 
