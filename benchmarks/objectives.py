@@ -178,7 +178,8 @@ def table(rows: dict[str, list[dict]]) -> list[str]:
         "|" + "---|" * (4 + len(NFES)),
     ]
     for name, runs in rows.items():
-        cells = " | ".join(f"{middle:.2f} ± {half:.2f}" for middle, half in over_runs(runs).values())
+        known = len(runs) > 1 or len(runs[0]["distances"][str(NFES[0])]) > 1  # an interval
+        cells = " | ".join(f"{mid:.2f} ± {half:.2f}" if known else f"{mid:.2f}" for mid, half in over_runs(runs).values())
         cost, samples, hours = (mean(run[key] for run in runs) for key in ("evaluations_a_sample", "samples", "hours"))
         lines.append(f"| {name} | {cost:.1f} | {samples:,.0f} | {hours:.2f} | {cells} |")
     return lines
@@ -251,9 +252,10 @@ def main() -> None:
     distance, floor, runs = scorers[0].features.distance, scorers[0].floor, len(args.training_seeds)
     commits = sorted({commit[:7] for name in chains for run in rows[name] for commit in run["commits"]})
     parameters = sum(p.numel() for p in start.parameters()) / 1e6
-    over = f"{runs} training runs (start: over sampling seeds)" if runs > 1 else "sampling seeds of one training run"
+    over = f"{runs} training runs" if runs > 1 else "sampling seeds of one training run"
+    interval = f"mean ± 95 % over {over}" + " (start: over sampling seeds)" * (runs > 1 and args.seeds > 1)
     text = (
-        f"{distance}, {args.samples} samples, {args.seeds} sampling seeds, floor {floor:.2f}; mean ± 95 % over {over}; "
+        f"{distance}, {args.samples} samples, {args.seeds} sampling seeds, floor {floor:.2f}; {interval if runs * args.seeds > 1 else 'one training run'}; "
         f"{args.budget:g} network evaluations each, after {args.start}; {parameters:.2f} M parameters at "
         f"{start.image_size}x{start.image_size}, {len(images)} training images; training seeds "
         f"{', '.join(map(str, args.training_seeds))}; commit {', '.join(commits)}\n\n" + "\n".join(table(rows)) + "\n"
@@ -261,7 +263,7 @@ def main() -> None:
     print(text, end="")
     (args.out / "table.md").write_text(text)
     curves = {name: over_runs(runs) for name, runs in rows.items()}
-    plot_distances(curves, distance, floor, "training runs" if runs > 1 else "sampling seeds", args.out / "curve.png")
+    plot_distances(curves, distance, floor, over, args.out / "curve.png")
     write_json(
         args.out / "objectives.json", {"arguments": {**vars(args), "out": str(args.out)}, "extra": extra, "rows": rows}
     )

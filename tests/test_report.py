@@ -15,7 +15,7 @@ import train as train_py
 from custom_model import create_custom_model
 from src.evaluation.compare import differences
 from src.evaluation.distances import frechet_distance, kernel_distance, manifold_scores
-from src.evaluation.failures import copies, failure_rates, nearest, saturation, sharpness
+from src.evaluation.failures import copies, failure_rates, nearest, saturation, sharpness, variety
 from src.evaluation.features import load_features
 from src.evaluation.intervals import at_infinity, mean_interval
 from src.evaluation.report import flattened
@@ -96,6 +96,9 @@ def test_failures_are_found_where_they_are():
     assert rates["blurred"] == pytest.approx(0.30, abs=0.03)  # a constant image has no detail, white ones too
     assert rates["saturated"] >= 0.2 and rates["near-duplicates"] == pytest.approx(0.8, abs=0.05)
     assert rates["far from data"] >= 0.1
+    assert variety(data, data) == 1 and variety(data[:1].repeat(9, 0), data) == 0
+    grey = np.full_like(data, 128)
+    assert variety(np.where(data < 128, grey - 10, grey + 10), np.where(data < 128, grey - 40, grey + 40)) == 0.25
     assert sharpness(broken[:1]) == 0 and saturation(broken[10:11]) == 1
 
 

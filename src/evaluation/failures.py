@@ -1,4 +1,4 @@
-"""Failures that can be measured: blur, saturation, near-duplicates, copies of training images."""
+"""Failures that can be measured: blur, saturation, sameness, near-duplicates, copies of training images."""
 
 import numpy as np
 
@@ -25,6 +25,15 @@ def nearest(a: np.ndarray, b: np.ndarray, same: bool = False) -> tuple[np.ndarra
         np.fill_diagonal(distances, np.inf)
     index = distances.argmin(1)
     return index, distances[np.arange(len(a)), index]
+
+
+def variety(pixels: np.ndarray, data_pixels: np.ndarray) -> float:
+    """How much one pixel's colour differs from image to image, as a share of how much it does in data: 1 is as much.
+
+    Mean over pixels and colours of the standard deviation over images, of uint8 images [N, H, W, 3].
+    """
+    ours, data = (np.std(one, axis=0, dtype=np.float64).mean() for one in (pixels, data_pixels))
+    return float(ours / data)
 
 
 def failure_rates(

@@ -152,9 +152,15 @@ def _memory(content: dict, figures: Figures, plot: str) -> str:
 
 def _failure_table(content: dict) -> str:
     names = list(next(iter(content["nfe"].values()))["failures"])
-    rows = [(f"NFE {nfe}", *(f"{found['failures'][n]:.3f}" for n in names)) for nfe, found in content["nfe"].items()]
-    table = _table(("", *names), rows)
-    note = "Shares of samples beyond what 99 % of the validation images keep to (validation images: 0.01)."
+    rows = [
+        (f"NFE {nfe}", *(f"{found['failures'][n]:.3f}" for n in names), f"{found['variety']:.3f}")
+        for nfe, found in content["nfe"].items()
+    ]
+    table = _table(("", *names, "variety"), rows)
+    note = (
+        "Shares of samples beyond what 99 % of the validation images keep to (validation images: 0.01). Variety: a "
+        "pixel's standard deviation over samples, as a share of that over validation images."
+    )
     return f"<div class=wide>{table}</div><p>{note}</p>"
 
 

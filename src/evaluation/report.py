@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from custom_model import create_custom_model
 from src.evaluation.distances import frechet_distance, kernel_distance, manifold_scores
-from src.evaluation.failures import copies, failure_rates, nearest
+from src.evaluation.failures import copies, failure_rates, nearest, variety
 from src.evaluation.features import Features, load_features, official_inception
 from src.evaluation.intervals import at_infinity, mean_interval
 from src.evaluation.page import Figures, write_page
@@ -144,6 +144,7 @@ def report(args) -> None:
         found = scores(model, nfe, args.seeds, val.features)
         first = model.pixels(nfe, 0), model.embedded(nfe, 0)
         found["failures"] = failure_rates(*first, val.pixels, val.features)
+        found["variety"] = variety(first[0], val.pixels)
         found["memory"] = {
             "features": copies(first[1], seen, val.features),
             "pixels": copies(flattened(first[0]), flattened(seen_pixels), flattened(val.pixels)),
