@@ -179,7 +179,8 @@ def table(rows: dict[str, list[dict]]) -> list[str]:
     ]
     for name, runs in rows.items():
         known = len(runs) > 1 or len(runs[0]["distances"][str(NFES[0])]) > 1  # an interval
-        cells = " | ".join(f"{mid:.2f} ± {half:.2f}" if known else f"{mid:.2f}" for mid, half in over_runs(runs).values())
+        form = "{:.2f} ± {:.2f}" if known else "{:.2f}"
+        cells = " | ".join(form.format(*found) for found in over_runs(runs).values())
         cost, samples, hours = (mean(run[key] for run in runs) for key in ("evaluations_a_sample", "samples", "hours"))
         lines.append(f"| {name} | {cost:.1f} | {samples:,.0f} | {hours:.2f} | {cells} |")
     return lines
@@ -252,10 +253,11 @@ def main() -> None:
     distance, floor, runs = scorers[0].features.distance, scorers[0].floor, len(args.training_seeds)
     commits = sorted({commit[:7] for name in chains for run in rows[name] for commit in run["commits"]})
     parameters = sum(p.numel() for p in start.parameters()) / 1e6
-    over = f"{runs} training runs" if runs > 1 else "sampling seeds of one training run"
-    interval = f"mean ± 95 % over {over}" + " (start: over sampling seeds)" * (runs > 1 and args.seeds > 1)
+    over = f"{runs} training runs" if runs > 1 else "sampling seeds of one training run" if args.seeds > 1 else ""
+    interval = f"mean ± 95 % over {over}" if over else "one training run"
+    interval += " (start: over sampling seeds)" if min(runs, args.seeds) > 1 else ""
     text = (
-        f"{distance}, {args.samples} samples, {args.seeds} sampling seeds, floor {floor:.2f}; {interval if runs * args.seeds > 1 else 'one training run'}; "
+        f"{distance}, {args.samples} samples, {args.seeds} sampling seeds, floor {floor:.2f}; {interval}; "
         f"{args.budget:g} network evaluations each, after {args.start}; {parameters:.2f} M parameters at "
         f"{start.image_size}x{start.image_size}, {len(images)} training images; training seeds "
         f"{', '.join(map(str, args.training_seeds))}; commit {', '.join(commits)}\n\n" + "\n".join(table(rows)) + "\n"

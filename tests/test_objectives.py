@@ -589,6 +589,7 @@ def test_augmentation_is_differentiable_and_treats_pixels_alike():
         (lambda: parse_objective("mean_flow/ratio=1"), "mean_flow has no option 'ratio': its options are .*improved"),
         (lambda: parse_objective("mean_flow/improved=yes"), "mean_flow/improved must be true or false, got 'yes'"),
         (lambda: parse_objective("shortcut/levels=many"), "shortcut/levels must be of type int, got 'many'"),
+        (lambda: parse_objective("shortcut/levels=4/levels=8"), "shortcut/levels=4/levels=8 sets levels twice"),
         (lambda: make_objective("shortcut/levels=12", None), "levels must be a power of two, from 2 on, got 12"),
         (lambda: make_objective("shortcut/flow=2", None), r"the option flow must lie in \[0, 1\], got 2.0"),
         (lambda: make_objective("trajectory/levels=0", None), "the option levels must be at least 1, got 0"),

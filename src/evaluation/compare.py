@@ -125,7 +125,7 @@ def plot_distances(
         curves: for each model's name and NFE, the mean and half of its 95 % interval.
         distance: what the distance is called.
         floor: that of training images.
-        over: what the intervals are over.
+        over: what the intervals are over; "" if there are none.
     """
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     nfes = sorted(set().union(*curves.values()))
@@ -134,7 +134,7 @@ def plot_distances(
         axes.errorbar(list(found), means, yerr=halves, fmt="o-", capsize=3, label=name)
     axes.axhline(floor, color="grey", linestyle="--", label="training images")
     axes.set(xscale="log", yscale="log", xlabel="network calls an image (NFE)")
-    axes.set_ylabel(f"{distance} (mean and 95 % interval over {over})", fontsize="small")
+    axes.set_ylabel(f"{distance} (mean and 95 % interval over {over})" if over else distance, fontsize="small")
     axes.set_xticks(nfes, nfes)
     axes.minorticks_off()
     ticks = [tick for scale in (0.1, 1, 10, 100) for tick in (scale, 2 * scale, 5 * scale)]

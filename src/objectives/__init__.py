@@ -47,6 +47,8 @@ def parse_objective(text: str) -> tuple[type[Objective], dict]:
         key, _, value = setting.partition("=")
         if key not in defaults:
             raise UserError(f"{name} has no option {key!r}: its options are {', '.join(defaults)}")
+        if key in options:
+            raise UserError(f"{text} sets {key} twice")
         options[key] = _value(f"{name}/{key}", value, type(defaults[key]))
     return OBJECTIVES[name], options
 
