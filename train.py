@@ -30,7 +30,7 @@ from src.utils import (
 # Recipes for those who do not want to improvise; every value can be overridden by its flag. The chain is what won on
 # the small network (benchmarks/LOG.md), its adversarial rates lower for a network four times as wide: the challenge's
 # fell apart at 1e-4 and, for the critic, 2.5e-4; with --lr 2e-4 these are a quarter and half of that (2.5e-5, 1.25e-4).
-# Such a step costs about 4.7 of a flow's.
+# Such a step costs about 4.7 of a flow's, by arithmetic.
 CHAIN = "rectified_flow:0.7,alpha_flow:0.1,adversarial/rate=0.125/critic_rate=0.625:0.2"
 PRESETS = {
     # A look at whether everything works: 0.2 M images.

@@ -5,8 +5,9 @@
 The flow trains in a process of its own. Meanwhile this one compiles what the later stages need, by a step of each in a
 scratch folder. When that is done and the flow's share of the minutes is over, it stops the flow and trains the later
 stages from its average, in as many steps as the flow's speed says are left. What follows `--` goes to train.py, where
-it may set what this script does not (a --warmup is the flow's; the later stages' is a tenth of alpha-Flow). Writes
-OUT/flow and OUT/chain, each as train.py does; interrupted, the same command goes on from their last save.
+it may set what this script does not (--warmup and --save_interval are the flow's; the later stages warm up for a tenth
+of alpha-Flow, and save five times). Writes OUT/flow and OUT/chain, each as train.py does; interrupted, the same command
+goes on from their last save.
 """
 
 import argparse
@@ -32,7 +33,7 @@ FLOW = "--stages rectified_flow:1 --use_additional_condition --num_iterations 10
 OURS = "stages objective use_additional_condition num_iterations batch_size save_dir max_minutes dry_run".split()
 KEPT = "stages num_iterations warmup save_interval".split()  # of the later stages, when they go on
 # A sample's time in that of the flow's, measured on an H200; the adversarial stage's was 5.6 when a sample took 12.9
-# network evaluations, which are 11.0 by now.
+# network evaluations (the small network's), which are 11.0 by now.
 COST = {"alpha_flow": 1.13, "adversarial": 4.7}
 
 

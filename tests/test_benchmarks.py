@@ -69,6 +69,12 @@ def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, ti
         compare()  # with another start of the same name
 
 
+def test_a_single_measurement_has_no_interval():
+    run = {"distances": {"1": [3.0], "2": [2.0], "4": [1.0]}, "evaluations_a_sample": 3, "samples": 8, "hours": 1}
+    assert objectives.table({"one": [run]})[-1].endswith("| 3.00 | 2.00 | 1.00 |")
+    assert "| 3.00 ± 0.00 |" in objectives.table({"two": [run, run]})[-1]
+
+
 def test_bad_arguments_get_one_line_before_anything_is_scored(workdir, monkeypatch):
     config = {"unet": "small", "image_size": 32, "objective": "rectified_flow"}
     torch.save(create_custom_model(**config).state_dict(), "start.pt")
@@ -113,6 +119,7 @@ def test_timed_chain_spends_the_seconds_that_the_flow_leaves(workdir, monkeypatc
     stages = plan(
         parse_stages(flags["--stages"]), lambda name: make_objective(name, None), int(flags["--num_iterations"])
     )
+    assert 4 * int(flags["--save_interval"]) < alpha + adversarial
     assert [(stage.name, stage.steps) for stage in stages] == [
         ("alpha_flow", alpha),
         ("adversarial/gamma=0.05", adversarial),

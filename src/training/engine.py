@@ -424,15 +424,18 @@ class Training:
         if self.nets.teacher is not None:
             self.nets.teacher.load_state_dict(state["teacher"])
         if self.nets.critic is not None:
-            try:
-                self.nets.critic.load_state_dict(state["critic"])
-            except RuntimeError:
+            if _shapes(state["critic"]) != _shapes(self.nets.critic.state_dict()):
                 raise UserError(
                     "the run was interrupted with a critic of another form than this code's: go on with the commit "
                     "that its run.json names, or choose another --save_dir"
-                ) from None
+                )
+            self.nets.critic.load_state_dict(state["critic"])
             _load_optimizer(self.critic_optimizer, state["critic_optimizer"])
         self.steps = state["step"]
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
