@@ -1,23 +1,19 @@
-"""Train the winning chain from nothing in a given time, on a GPU that is rented by the minute.
+"""Train a chain of stages in a given time, on a GPU that is rented by the minute.
 
-    python -m benchmarks.timed_chain --minutes 10 --out results/gpu -- --data_root ROOT --split_dir SPLIT
+    python -m benchmarks.timed_chain --minutes 10 --stages rectified_flow:0.6,alpha_flow:0.1,adversarial:0.3 \
+        --out results/gpu -- --data_root ROOT --split_dir SPLIT
 
-The flow trains in a process of its own. Meanwhile this one compiles what the later stages need, by a step of each in a
-scratch folder. When that is done and the flow's share of the minutes is over, it stops the flow and trains the later
-stages from its average, in as many steps as the flow's speed says are left. What follows `--` goes to train.py, where
-it may set what this script does not (--warmup and --save_interval are the flow's; the later stages warm up for a tenth
-of alpha-Flow, and save five times). Writes OUT/flow and OUT/chain, each as train.py does; interrupted, the same command
-goes on from their last save.
+The shares are of the time, where train.py's are of the steps: a few steps of each stage, in OUT/trial, tell their
+speeds, and so how many fit. What follows `--` goes to train.py. Writes OUT/chain as train.py does; interrupted, the
+same command goes on from its last save.
 """
 
 import argparse
 import gc
 import json
 import shutil
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -28,13 +24,11 @@ from benchmarks.objectives import split_flags
 from src.objectives import parse_stages
 from src.utils import UserError, one_line_errors
 
-FLOW = "--stages rectified_flow:1 --use_additional_condition --num_iterations 1000000".split()
-# What this script tells train.py itself.
-OURS = "stages objective use_additional_condition num_iterations batch_size save_dir max_minutes dry_run".split()
-KEPT = "stages num_iterations warmup save_interval".split()  # of the later stages, when they go on
-# A sample's time in that of the flow's, measured on an H200; the adversarial stage's was 5.6 when a sample took 12.9
-# network evaluations (the small network's), which are 11.0 by now.
-COST = {"alpha_flow": 1.13, "adversarial": 4.7}
+TRIAL = 8  # steps of each stage
+SAVES = 5  # the machine may be taken back
+RESERVE = 0.06  # of the minutes, for those
+OURS = "stages objective num_iterations batch_size save_dir save_interval max_minutes dry_run".split()
+KEPT = "stages num_iterations save_interval".split()  # when an interrupted chain goes on
 
 
 def train_here(*arguments: str) -> None:
@@ -45,80 +39,55 @@ def train_here(*arguments: str) -> None:
     torch.cuda.empty_cache()
 
 
-def speed(run: Path) -> float:
-    """Images a second near the end of a run."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return median([row["images_per_second"] for row in rows if "images_per_second" in row][-5:])
+def speeds(trial: Path) -> list[float]:
+    """Images a second of each stage, from its second half, when all is compiled."""
+    rows = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
+    stages = [[row["images_per_second"] for row in rows if row["stage"] == i] for i in range(rows[-1]["stage"] + 1)]
+    return [median(found[len(found) // 2 :]) for found in stages]
 
 
-def steps_in(seconds: float, alpha_share: float, images_per_second: float, batch_size: int) -> tuple[int, int]:
-    """Steps of alpha-Flow, for a share of the time, and of the adversarial stage, for the rest."""
-    shares = {"alpha_flow": alpha_share, "adversarial": 1 - alpha_share}
-    alpha, adversarial = (seconds * shares[k] * images_per_second / COST[k] / batch_size for k in COST)
-    if min(alpha, adversarial) < 1:
-        raise UserError(f"{seconds:.0f} seconds are left after the flow, which do not fit a step: raise --minutes")
-    return int(alpha), int(adversarial)
-
-
-def later(adversarial: str, alpha_steps: int, adversarial_steps: int) -> list[str]:
-    """The stages after the flow, as flags of train.py."""
-    steps = alpha_steps + adversarial_steps
-    share = alpha_steps / steps
-    stages = f"alpha_flow:{share},{adversarial}:{1 - share}"
-    flags = ["--stages", stages, "--num_iterations", str(steps), "--warmup", str(max(1, alpha_steps // 10))]
-    return [*flags, "--save_interval", str(max(1, steps // 5))]  # the machine may be taken back
+def fitted(shares: list[tuple[str, float]], seconds: float, images_per_second: list[float], batch_size: int):
+    """Stages with shares of the steps, as --stages writes them, and the number of steps that fit the seconds."""
+    pairs = zip(shares, images_per_second, strict=True)
+    steps = [int(seconds * share * speed / batch_size) for (_, share), speed in pairs]
+    if min(steps) < 1:
+        raise UserError(f"{seconds:.0f} seconds are left, which do not fit a step of each stage: raise --minutes")
+    stages = ",".join(f"{name}:{count / sum(steps)!r}" for (name, _), count in zip(shares, steps, strict=True))
+    return stages, sum(steps)
 
 
 def main() -> None:
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, required=True, help="in all, but for the last export")
-    parser.add_argument("--flow_share", type=float, default=0.6, help="of the minutes, or what compiling takes")
-    parser.add_argument("--alpha_share", type=float, default=0.25, help="of what the flow leaves")
-    last_stage = parse_stages(train.CHAIN)[-1][0]
-    parser.add_argument("--adversarial", default=last_stage, metavar="NAME[/OPTION=VALUE...]")
+    parser.add_argument("--stages", required=True, metavar="OBJECTIVE:SHARE,...", help="shares of the time")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--out", type=Path, required=True)
     ours, theirs = split_flags(OURS)
     args = parser.parse_args(ours)
+    shares = parse_stages(args.stages)
     common = [*theirs, "--batch_size", str(args.batch_size)]
-    flow, chain, scratch = (args.out / name for name in ("flow", "chain", "scratch"))
+    chain, trial = args.out / "chain", args.out / "trial"
 
-    ended = args.out / "flow.ended"
-    if not ended.exists():
-        args.out.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(scratch, ignore_errors=True)
-        with (args.out / "flow.log").open("a") as log:
-            command = [sys.executable, "train.py", *common, *FLOW, "--max_minutes", str(args.minutes)]
-            process = subprocess.Popen([*command, "--save_dir", str(flow)], stdout=log, stderr=subprocess.STDOUT)
-        try:
-            try:
-                train_here(*common, *later(args.adversarial, 1, 1), "--save_dir", str(scratch))
-            except UserError:  # a mistake, or an interruption
-                raise
-            except Exception as fault:  # such as no memory for both at once: these stages may have their turn
-                print(f"warning: the later stages did not compile beside the flow: {fault}", file=sys.stderr)
-            print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, 60 * args.minutes * args.flow_share - (time.monotonic() - began)))
-                raise UserError(f"the flow ended by itself: {args.out}/flow.log says why")
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-            process.terminate()  # train.py saves
-            process.wait()
-        if not (flow / "last.ckpt").exists():
-            raise UserError(f"the flow did not come to its first step ({args.out}/flow.log): raise --minutes")
-        ended.touch()
-
-    left = 60 * args.minutes - (time.monotonic() - began)
-    alpha, adversarial = steps_in(left, args.alpha_share, speed(flow), args.batch_size)
     if (chain / "training_config.json").exists():
         kept = json.loads((chain / "training_config.json").read_text())
-        rest = [part for key in KEPT for part in (f"--{key}", str(kept[key]))]
+        plan = [part for key in KEPT for part in (f"--{key}", str(kept[key]))]
     else:
-        rest = later(args.adversarial, alpha, adversarial)
-    teacher = ["--teacher", str(flow / "last.ckpt")]
-    train_here(*common, *rest, *teacher, "--max_minutes", str(left / 60), "--save_dir", str(chain))
+        shutil.rmtree(trial, ignore_errors=True)
+        count = TRIAL * len(shares)
+        equal = ",".join(f"{name}:{1 / len(shares)!r}" for name, _ in shares)
+        few = ["--stages", equal, "--num_iterations", str(count), "--log_interval", "1"]
+        train_here(*common, *few, "--save_interval", str(count + 1), "--save_dir", str(trial))
+        found = speeds(trial)
+        shutil.rmtree(trial)
+        left = 60 * args.minutes * (1 - RESERVE) - (time.monotonic() - began)
+        stages, steps = fitted(shares, left, found, args.batch_size)
+        for (name, _), speed in zip(shares, found, strict=True):
+            print(f"{name}: {speed:.1f} images a second")
+        print(f"{steps} steps fit: {stages}", flush=True)
+        plan = ["--stages", stages, "--num_iterations", str(steps), "--save_interval", str(-(-steps // SAVES))]
+    left = args.minutes - (time.monotonic() - began) / 60
+    train_here(*common, *plan, "--max_minutes", str(left), "--save_dir", str(chain))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The comparison of objectives: what it measures is measured once, and never passed off as something else."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,30 +106,50 @@ def test_prepare_replaces_no_folder_but_its_own(workdir, monkeypatch):
     assert (workdir / "results/run.json").exists()
 
 
-def test_timed_chain_spends_the_seconds_that_the_flow_leaves(workdir, monkeypatch):
+def test_timed_chain_fits_its_steps_to_the_time(workdir, monkeypatch, capsys):
+    rows = [(0, 1), (0, 200), (0, 190), (0, 210), (1, 2), (1, 20), (1, 25), (1, 3)]  # compiling and saving are slow
     (workdir / "metrics.jsonl").write_text(
-        "".join(f'{{"images_per_second": {s}}}\n' for s in (1, 800, 700, 778, 790, 2))
+        "".join(f'{{"stage": {stage}, "images_per_second": {speed}}}\n' for stage, speed in rows)
     )
-    assert timed_chain.speed(workdir) == 778  # a slow begin, or save, in between is no matter
-    alpha, adversarial = timed_chain.steps_in(200.0, 0.25, 778.0, 128)
-    seconds = [
-        128 * steps * cost / 778 for steps, cost in zip((alpha, adversarial), timed_chain.COST.values(), strict=True)
-    ]
-    assert seconds == pytest.approx([50, 150], abs=1)
+    assert timed_chain.speeds(workdir) == [200, 14]
+    shares = [("alpha_flow", 0.25), ("adversarial/gamma=0.1", 0.75)]
+    stages, steps = timed_chain.fitted(shares, 600.0, [200.0, 20.0], 10)
+    planned = plan(parse_stages(stages), lambda name: make_objective(name, None), steps)
+    assert [(stage.name, stage.steps) for stage in planned] == [("alpha_flow", 3000), ("adversarial/gamma=0.1", 900)]
+    with pytest.raises(UserError, match="1 seconds are left, which do not fit a step"):
+        timed_chain.fitted(shares, 0.6, [200.0, 20.0], 10)
 
-    flags = dict(zip(*[iter(timed_chain.later("adversarial/gamma=0.05", alpha, adversarial))] * 2, strict=True))
-    stages = plan(
-        parse_stages(flags["--stages"]), lambda name: make_objective(name, None), int(flags["--num_iterations"])
+    calls = []
+    monkeypatch.setattr(timed_chain, "TRIAL", 4)
+    monkeypatch.setattr(timed_chain, "train_here", lambda *arguments: calls.append(arguments) or trained(*arguments))
+
+    def trained(*arguments: str) -> None:
+        flags = dict(zip(*[iter(arguments)] * 2, strict=True))
+        folder = Path(flags["--save_dir"])
+        folder.mkdir(parents=True)
+        shutil.copy("metrics.jsonl", folder)
+        write_json(folder / "training_config.json", {key: flags[f"--{key}"] for key in timed_chain.KEPT})
+
+    argv = (
+        "timed_chain --minutes 1 --stages alpha_flow:0.5,adversarial:0.5 --batch_size 8 --out run -- --seed 1".split()
     )
-    assert 4 * int(flags["--save_interval"]) < alpha + adversarial
-    assert [(stage.name, stage.steps) for stage in stages] == [
-        ("alpha_flow", alpha),
-        ("adversarial/gamma=0.05", adversarial),
-    ]
-    with pytest.raises(UserError, match="1 seconds are left after the flow"):
-        timed_chain.steps_in(1.0, 0.25, 778.0, 128)
+    monkeypatch.setattr(sys, "argv", argv)
+    timed_chain.main()
+    trial, chain = (dict(zip(*[iter(arguments)] * 2, strict=True)) for arguments in calls)
+    assert trial["--num_iterations"] == "8" and chain["--seed"] == "1" and float(chain["--max_minutes"]) < 1
+    assert int(chain["--num_iterations"]) == pytest.approx(28 * (200 + 14) / 8, rel=0.05)
+    assert not (workdir / "run/trial").exists()
 
-    monkeypatch.setattr(sys, "argv", ["timed_chain", "--minutes", "1", "--out", "run", "--", "--batch", "8"])
+    shutil.move("run/chain", "interrupted")
+    calls.clear()
+    (workdir / "run/chain").mkdir()
+    shutil.copy("interrupted/training_config.json", "run/chain")
+    monkeypatch.setattr(timed_chain, "train_here", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(sys, "argv", argv)
+    timed_chain.main()
+    (again,) = (dict(zip(*[iter(arguments)] * 2, strict=True)) for arguments in calls)
+    assert {key: again[f"--{key}"] for key in timed_chain.KEPT} == {key: chain[f"--{key}"] for key in timed_chain.KEPT}
+
+    monkeypatch.setattr(sys, "argv", [*argv, "--batch", "8"])
     with pytest.raises(UserError, match="--batch after -- is for this script to choose"):  # it was ignored
         timed_chain.main()
-    assert not (workdir / "run").exists()
