@@ -32,11 +32,10 @@ data/faces/val_split.txt: src/faces.py | .venv/ready
 	$(PY) -m src.faces data/faces
 
 # On a CPU a taste: four minutes of the challenge's U-Net at 32x32, where a step costs a quarter. On a GPU ten minutes
-# at 64x64, without the adversarial stage, which takes seven minutes to compile. Run again, it trains on from there. What
-# hours of training give, the released small network shows.
+# at 64x64. Run again, it trains on from there. What hours of training give, the released small network shows.
 demo: .venv/ready data/faces/val_split.txt
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-	then size=64; count=500; train="--preset quick --stages rectified_flow:0.8,alpha_flow:0.2 --max_minutes 10"; \
+	then size=64; count=500; train="--preset quick --max_minutes 10"; \
 	else size=32; count=64; train="--batch_size 4 --warmup 10 --max_minutes 4 --log_interval 10"; fi; \
 	val=data/faces_val_$$size; features="$(FEATURES)"; set -ex; \
 	test -d $$val || $(PY) -m src.evaluation reference $(FACES) --size $$size --out $$val; \

@@ -1,6 +1,6 @@
 """Train a chain of stages in a given time, on a GPU that is rented by the minute.
 
-    python -m benchmarks.timed_chain --minutes 10 --stages rectified_flow:0.6,alpha_flow:0.1,adversarial:0.3 \
+    python -m benchmarks.timed_chain --minutes 10 --stages rectified_flow:0.6,alpha_flow:0.4 \
         --out results/gpu -- --data_root ROOT --split_dir SPLIT
 
 The shares are of the time, where train.py's are of the steps: a few steps of each stage, in OUT/trial, tell their
