@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from src.objectives.contract import Nets, eval_mode
 from src.objectives.regression import JumpRegression, adaptive
@@ -53,8 +52,7 @@ class MeanFlow(JumpRegression):
         with eval_mode(student), torch.autocast(x_t.device.type, enabled=False):
             along = student.predict(x_t, t, torch.zeros_like(d)) if self.improved else v
             ones = torch.ones_like(t)
-            # Neither compiled code nor flash attention can be differentiated in forward mode.
-            with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
+            with torch.compiler.set_stance("force_eager"):  # forward-mode differentiation does not compile
                 _, slope = torch.func.jvp(student.predict, (x_t, t, d), (along, ones, ones))
         return v - expand_t(d, x_t) * slope
 
