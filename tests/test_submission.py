@@ -204,8 +204,9 @@ def test_the_flow_with_mild_times_draws_what_the_other_draws():
     assert (steep - mild).square().mean() < 0.1 * (steep - steep.roll(1, 0)).square().mean()
 
 
-def test_the_flow_to_go_on_from_is_the_challenges_network():
-    model = load_model(str(CHECKPOINTS / "start64/int8.pt"), create_custom_model)
+@pytest.mark.parametrize("name", ["start64", "full64"])
+def test_the_models_to_go_on_from_are_the_challenges_network(name):
+    model = load_model(str(CHECKPOINTS / name / "int8.pt"), create_custom_model)
     assert sum(p.numel() for p in model.parameters()) == 59_934_979 and model.image_size == 64
     noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     red, green, blue = model.sample(noise.shape, 4, noise=noise)[0, :, 16:48, 16:48].mean((1, 2)).tolist()
