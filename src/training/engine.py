@@ -499,7 +499,7 @@ def train(
     def facts() -> dict:
         """What the weights come from, so far."""
         own, left = [], training.steps
-        for name, objective, planned in stages[: training.index + 1]:
+        for name, objective, planned in stages:
             own.append(
                 {
                     "objective": name,
