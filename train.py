@@ -54,7 +54,7 @@ PRESETS = {
         micro_batch=32,
         save_interval=5000,
     ),
-    # 0.9 M images on an H200-class card: 20 minutes of training and about 4 of compiling.
+    # 0.9 M images on an H200-class card: 20 minutes of training, by the speeds measured there, beside compiling.
     "data-centre-25min": dict(
         stages=CHAIN,
         batch_size=128,

@@ -106,7 +106,7 @@ def test_prepare_replaces_no_folder_but_its_own(workdir, monkeypatch):
     assert (workdir / "results/run.json").exists()
 
 
-def test_timed_chain_fits_its_steps_to_the_time(workdir, monkeypatch, capsys):
+def test_timed_chain_fits_its_steps_to_the_time(workdir, monkeypatch):
     rows = [(0, 1), (0, 200), (0, 190), (0, 210), (1, 2), (1, 20), (1, 25), (1, 3)]  # compiling and saving are slow
     (workdir / "metrics.jsonl").write_text(
         "".join(f'{{"stage": {stage}, "images_per_second": {speed}}}\n' for stage, speed in rows)
