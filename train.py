@@ -150,6 +150,8 @@ def start_from(path: str, model) -> Teacher:
     model.objective = teacher.objective
     unknown = [{"objective": "unknown", "steps": 0, "citations": []}]  # of an older version: nothing to cite
     stages = read_checkpoint(path).get("provenance", {}).get("stages", unknown)
+    # An older version listed stages to come as well, without steps.
+    stages = [stage for stage in stages if stage["steps"] or not stage["citations"]]
     return Teacher(weights_hash(teacher)[:16], stages)
 
 

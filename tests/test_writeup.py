@@ -49,8 +49,8 @@ def run_script(folder: Path, *command) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def build(project: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "writeup/build.py", "run"]
+def build(project: Path, *runs: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "writeup/build.py", *(runs or ["run"])]
     return subprocess.run(command, cwd=project, capture_output=True, text=True)
 
 
@@ -80,6 +80,37 @@ def test_write_up_is_whole_and_keeps_the_teams_words(project):
         assert letters(words_of) in letters(text), words_of  # lines may break anywhere
     assert sum(len(page.images) for page in PdfReader(pdf).pages) == 8 + 2
     assert build(project).returncode == 0 and words.read_text() == own
+
+
+def scored_as(project: Path, run: str, checkpoint: str) -> dict:
+    """The report, as if it were of this checkpoint; its provenance."""
+    provenance = torch.load(project / run / checkpoint, weights_only=True)["provenance"]
+    content = json.loads((project / "run/report/report.json").read_text())
+    if run != "run":
+        shutil.copytree(project / "run/report", project / run / "report")
+    (project / run / "report/report.json").write_text(json.dumps(content | {"provenance": provenance}))
+    return provenance
+
+
+def test_a_model_of_an_early_stage_is_told_as_it_was_trained(project, faces):
+    provenance = scored_as(project, "run", "checkpoint_iter_2.pt")
+    assert [(stage["objective"], stage["steps"]) for stage in provenance["stages"]] == [("rectified_flow", 2)]
+    result = build(project)
+    assert result.returncode == 0, result.stderr
+    pdf = project / "writeup/writeup.pdf"
+    assert [fault for _, fault, _ in judge(pdf, project / "references.bib", provenance)] == ["", "", ""]
+    assert "alpha=0.25" not in letters("".join(page.extract_text() for page in PdfReader(pdf).pages))
+
+    # Another run goes on from it.
+    train = "--unet small --image_size 32 --objective shortcut --teacher run/checkpoint_iter_2.pt --save_dir second"
+    flags = ["--data_root", faces, "--split_dir", faces, "--num_iterations", "1", "--batch_size", "4"]
+    run_script(project, ROOT / "train.py", *train.split(), *flags, "--log_interval", "1", "--device", "cpu")
+    provenance = scored_as(project, "second", "final_model.pt")
+    assert [stage["objective"] for stage in provenance["stages"]] == ["rectified_flow", "shortcut"]
+    result = build(project, "run", "second")
+    assert result.returncode == 0, result.stderr
+    assert "second began with another run's model" in build(project, "second").stderr
+    assert "second did not begin with the run named before it" in build(project, "run", "second", "second").stderr
 
 
 def test_a_run_of_other_objectives_is_told(project):
@@ -125,8 +156,9 @@ def changed(project: Path, change) -> None:
         (lambda p: changed(p, lambda r: r["stages"].pop()), "is of another model than run trained"),
         (lambda p: changed(p, lambda r: r["stages"][0].update(citations=["who"])), "references.bib has no entry who"),
         (lambda p: changed(p, lambda r: r["stages"][0].update(objective="magic")), "does not describe magic"),
-        (lambda p: changed(p, lambda r: r.update(teacher="abc")), "began with another run's model"),
+        (lambda p: changed(p, lambda r: r.update(teacher={"stages": []})), "began with another run's model"),
         (lambda p: changed(p, lambda r: r.pop("citations")), "is of an older version"),
+        (lambda p: changed(p, lambda r: r.update(teacher="abc")), "is of an older version"),
         (
             lambda p: (p / "writeup/text.typ").open("a").write("#let technical = [#lorem(2500)]\n"),
             "pages, at most 2 count: shorten writeup/text.typ",

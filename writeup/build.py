@@ -109,15 +109,19 @@ def kinds(stages: list[dict]) -> list[dict]:
     return [{name: value for name, value in stage.items() if name != "steps"} for stage in stages]
 
 
+def goes_on(stages: list[dict], run: dict) -> bool:
+    """Whether these are the stages of a model that the run of this record trained, its last or an earlier one."""
+    began = len(run["teacher"]["stages"]) if run["teacher"] else 0
+    return len(stages) > began and kinds(stages) == kinds(run["stages"])[: len(stages)]
+
+
 def check_order(runs: list[Path], records: list[dict]) -> None:
     """Fault if a run did not begin with a model of the run before it."""
     if records[0]["teacher"]:
         raise Fault(f"{runs[0]} began with another run's model: name that run before it")
-    before = []
-    for run, record in zip(runs, records, strict=True):
-        if kinds(record["stages"])[: len(before)] != before:
+    for run, before, record in zip(runs[1:], records, records[1:], strict=False):
+        if not record["teacher"] or not goes_on(record["teacher"]["stages"], before):
             raise Fault(f"{run} did not begin with the run named before it: name runs in the order of training")
-        before = kinds(record["stages"])
 
 
 def stages(trained: list[dict], methods: str, known: set[str]) -> list[dict]:
@@ -131,17 +135,16 @@ def stages(trained: list[dict], methods: str, known: set[str]) -> list[dict]:
             raise Fault(f"the objective {name} cites nothing: give it `citations`")
         check_keys(stage["citations"], known)
         falls = ", falling" if stage.get("options", {}).get("steady", 1) < 1 else ""
-        if stage["steps"]:
-            found.append(
-                {
-                    "name": name,
-                    "options": options.replace("/", ", "),
-                    "steps": f"{stage['steps']:,}",
-                    "images": f"{stage['steps'] * stage['batch_size']:,}",
-                    "lr": f"{stage['lr']:.2g}{falls}",
-                    "citations": stage["citations"],
-                }
-            )
+        found.append(
+            {
+                "name": name,
+                "options": options.replace("/", ", "),
+                "steps": f"{stage['steps']:,}",
+                "images": f"{stage['steps'] * stage['batch_size']:,}",
+                "lr": f"{stage['lr']:.2g}{falls}",
+                "citations": stage["citations"],
+            }
+        )
     return found
 
 
@@ -174,11 +177,12 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
     """Write the PDF whole or not at all; Fault if it would be incomplete or longer than two pages."""
     records = [read(run / "run.json", "name a folder that train.py wrote") for run in runs]
     for run, record in zip(runs, records, strict=True):
-        if "citations" not in record or not all({"lr", "batch_size"} <= set(stage) for stage in record["stages"]):
+        told = "citations" in record and all({"lr", "batch_size"} <= set(stage) for stage in record["stages"])
+        if not told or isinstance(record["teacher"], str):
             raise Fault(f"{run}/run.json is of an older version: run the same training command again, which renews it")
     scored = read(report / "report.json", "python -m src.evaluation report --checkpoint checkpoints/best_model.pt "
                   f"--out {report}")  # fmt: skip
-    if kinds(scored["provenance"].get("stages", [])) != kinds(records[-1]["stages"]):
+    if not goes_on(scored["provenance"].get("stages", []), records[-1]):
         raise Fault(f"{report} is of another model than {runs[-1]} trained: write it again")
     if "sampler" not in scored:
         raise Fault(f"{report} is of an older version: write it again")

@@ -117,7 +117,7 @@ class Teacher(NamedTuple):
     """Where the weights that a run starts from were trained."""
 
     weights: str  # their hash
-    stages: list[dict]  # that run's, as its record lists them
+    stages: list[dict]  # as a run's record lists them
 
 
 class Stage(NamedTuple):
@@ -497,25 +497,26 @@ def train(
         return {**model_config, "objective": training.stage.name}
 
     def facts() -> dict:
-        """What the weights come from, so far."""
-        own, left = [], training.steps
+        """What the weights come from, so far; before them, what those of the run that they come from do."""
+        trained, left = list(teacher.stages if teacher else []), training.steps
         for name, objective, planned in stages:
-            own.append(
-                {
-                    "objective": name,
-                    "steps": min(planned, left),
-                    "batch_size": recipe.batch_size,
-                    "lr": recipe.lr * objective.rate,
-                    "options": objective.options(),
-                    "citations": list(objective.citations),
-                }
-            )
-            left -= own[-1]["steps"]
+            if left:
+                trained.append(
+                    {
+                        "objective": name,
+                        "steps": min(planned, left),
+                        "batch_size": recipe.batch_size,
+                        "lr": recipe.lr * objective.rate,
+                        "options": objective.options(),
+                        "citations": list(objective.citations),
+                    }
+                )
+                left -= trained[-1]["steps"]
         return {
             "seed": recipe.seed,
             "data": {"hash": data_hash, "images": len(images)},
             "bf16": training.bf16,
-            "stages": [*(teacher.stages if teacher else []), *own],  # also those of the run that the weights come from
+            "stages": trained,
             "citations": [*CITATIONS, *model.scheduler.citations],
         }
 
@@ -527,7 +528,7 @@ def train(
         described = {
             "arguments": arguments,
             "model_config": config(),
-            "teacher": teacher and teacher.weights,
+            "teacher": teacher and teacher._asdict(),
             **facts(),
         }
         record = RunRecord(save_dir / "run.json", start, device, world.size, described)
