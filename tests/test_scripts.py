@@ -79,11 +79,16 @@ def test_sampling_replaces_its_own_images_and_nothing_else(checkpoint, workdir, 
         (lambda run: (run / "model_config.json").write_text("[]"), "must hold a JSON object"),
     ],
 )
-def test_sampling_says_what_is_wrong_in_one_line(checkpoint, workdir, script_env, damage, message):
+def test_a_damaged_model_is_not_loaded(checkpoint, workdir, damage, message):
     damage(workdir / "run")
-    result = sampling(workdir, script_env, "--ckpt_path", checkpoint)
-    assert result.returncode == 1 and message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1 and not (workdir / "samples").exists()
+    with pytest.raises(UserError, match=message):
+        load_model(checkpoint, create_custom_model)
+
+
+def test_sampling_says_what_is_wrong_in_one_line(workdir, script_env):
+    result = sampling(workdir, script_env, "--ckpt_path", "absent.pt")
+    assert result.returncode == 1 and result.stderr.startswith("error: no checkpoint at absent.pt")
+    assert result.stderr.count("\n") == 1 and not (workdir / "samples").exists()
 
 
 def test_bare_and_half_precision_state_dicts_load(checkpoint, workdir):
