@@ -199,9 +199,19 @@ def main() -> None:
         raise UserError(f"{args.start} has no extra condition, which jumps need: train it --use_additional_condition")
     config = json.loads(Path(args.start).with_name("model_config.json").read_text())
     images, data_hash = load_images(args.data_root, args.split_dir, start.image_size)
+    chains = {name: parse_stages(name if ":" in name else f"{name}:1") for name in args.objectives}
+
+    def folder_of(name: str, seed: int) -> Path:
+        return args.out / name.replace("/", "_").replace(",", "+").replace(":", "@") / f"seed{seed}"
+
+    # All of them before anything is scored: a budget may be too small.
+    planned = {
+        name: steps_for(start, shares, args.budget, batch_size)
+        for name, shares in chains.items()
+        if not all((folder_of(name, seed) / "scores.json").exists() for seed in args.training_seeds)
+    }
     scoring = args.data_root, args.split_dir, start.image_size, args.samples, args.features, device
     scorers = [Scorer(*scoring, seed=1_000_000 * (1 + i)) for i in range(args.seeds)]
-    chains = {name: parse_stages(name if ":" in name else f"{name}:1") for name in args.objectives}
     options = {  # the defaults as well, since they may change
         name: [make_objective(stage, start.scheduler).options() for stage, _ in shares]
         for name, shares in chains.items()
@@ -211,11 +221,7 @@ def main() -> None:
     common += ["--unet", config.get("unet", "full"), "--image_size", str(start.image_size)]
     common += ["--use_additional_condition", "--num_train_timesteps", str(start.scheduler.num_train_timesteps)]
 
-    planned = {}
-
     def train(name: str, seed: int, folder: Path) -> dict:
-        if name not in planned:
-            planned[name] = steps_for(start, chains[name], args.budget, batch_size)
         steps, cost = planned[name]
         command = [*common, "--num_iterations", str(steps), "--seed", str(seed), "--save_dir", str(folder)]
         run_to_the_end([*command, "--stages" if ":" in name else "--objective", name, *extra])
@@ -236,7 +242,7 @@ def main() -> None:
     grid = {"start": side_by_side(Path(args.start), device)}
     for name in chains:
         for seed in args.training_seeds:
-            folder = args.out / name.replace("/", "_").replace(",", "+").replace(":", "@") / f"seed{seed}"
+            folder = folder_of(name, seed)
             final = folder / "final_model.pt"
             asked = settings | {"options": options[name]}
             run = measure(folder, final, asked, partial(train, name, seed, folder), scorers, device)

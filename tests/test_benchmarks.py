@@ -24,15 +24,19 @@ def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, ti
     torch.save(model.state_dict(), "start/final_model.pt")
     write_json(workdir / "start/model_config.json", {**config, "num_train_timesteps": 1000})
 
-    def compare() -> str:
-        command = ["objectives", "--start", "start/final_model.pt", "--budget", "60", "--objectives", "rectified_flow",
+    def compare(objective="rectified_flow", out="compared") -> str:
+        command = ["objectives", "--start", "start/final_model.pt", "--budget", "60", "--objectives", objective,
                    "--training_seeds", "1", "2", "--samples", "8", "--seeds", "2", "--smoothed", "--device", "cpu",
                    "--data_root", str(faces), "--split_dir", str(faces), "--features", str(tiny_network),
-                   "--out", "compared", "--", "--batch_size", "4"]  # fmt: skip
+                   "--out", out, "--", "--batch_size", "4"]  # fmt: skip
         monkeypatch.setattr(sys, "argv", command)
         monkeypatch.setattr(objectives, "SEARCHED", 16)
         objectives.main()
         return (workdir / "compared/table.md").read_text()
+
+    with pytest.raises(UserError, match="the budget does not reach for reflow"):  # its pairs alone cost more
+        compare("reflow", "refused")
+    assert not Path("refused").exists()  # nor was the start scored
 
     table = compare()
     rows = json.loads((workdir / "compared/objectives.json").read_text())["rows"]

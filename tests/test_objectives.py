@@ -169,6 +169,26 @@ def test_a_stage_compiles_at_its_first_step_alone(name, programs, monkeypatch):
     assert counts[2] == counts[-1] == counts[1] + programs
 
 
+def test_a_second_training_finds_what_the_first_compiled(monkeypatch):
+    """A timed chain's trial pays for the chain itself."""
+    compiled = torch._dynamo.utils.counters["stats"]
+    monkeypatch.setattr(engine, "can_compile", lambda device: True)
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    counts = [compiled["unique_graphs"]]
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = CustomGenerativeModel(MLP(True), CustomScheduler(1000), objective="rectified_flow")
+        shares = [("rectified_flow", 0.5), ("alpha_flow", 0.5)]
+        stages = plan(shares, lambda name: make_objective(name, model.scheduler), 4)  # noqa: B023 (used at once)
+        training = Training(model, np.zeros((64, 1, 1, 2), np.uint8), Recipe(batch_size=16), stages)
+        for _ in range(4):
+            training.step()
+        counts.append(compiled["unique_graphs"])
+    torch._dynamo.reset()
+    assert counts[0] < counts[1] == counts[2]
+
+
 def test_rates_fall_after_their_steady_share_of_the_stage():
     model = CustomGenerativeModel(MLP(use_additional_condition=True), CustomScheduler(1000), objective="rectified_flow")
     name = "adversarial/critic=conv/augmented=false/rate=0.5/critic_rate=2/steady=0.25"
@@ -437,6 +457,14 @@ def test_mean_flow_differentiates_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.objective.target(nets, x, t, d, v, 0.0), target)
         assert not torch.equal(model.predict(x, t, d), u)  # as all else is rounded
+
+    def precision():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    seen, before = [], precision()
+    model.network.head.register_forward_hook(lambda *_: seen.append(precision()))
+    model.objective.target(nets, x, t, d, v, 0.0)
+    assert seen == [("highest", False)] and precision() == before  # on GPUs TF32 would round it
 
 
 def test_alpha_flow_goes_from_the_velocity_to_a_small_ratio():

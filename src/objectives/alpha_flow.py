@@ -20,7 +20,8 @@ class AlphaFlow(JumpRegression):
 
     Args:
         alpha: its last, and smallest, value.
-        anneal: steepness of a sigmoid in the stage's progress by which alpha falls from 1; 0: constant.
+        anneal: steepness of a sigmoid in the stage's progress by which alpha falls from
+            1 / (1 + exp(-anneal / 2)), 0.99 at 10; 0: constant.
         grid: share of the jumps that are the ones of the samplers with 1, 2 and 4 steps; the others, which the
             targets are made of, have t and t - d uniform.
         own: start along the EMA's velocity instead of the sample's v, which a large alpha biases: one call more.

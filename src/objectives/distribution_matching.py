@@ -19,8 +19,8 @@ class DistributionMatching(Objective):
     arXiv:2311.18828, eq. 8).
 
     The last jump of NFE 1, 2 or 4 starts from the student's own state there. The jumps before it are held to the
-    teacher's. With x^ = x_tau - tau v, the difference of scores is proportional to tau (v_teacher - v_samples). The
-    paper's GAN loss (section 4.3) is left out.
+    teacher's, from noised data. With x^ = x_tau - tau v, the difference of scores is proportional to
+    tau (v_teacher - v_samples). The paper's GAN loss (section 4.3) is left out.
 
     Args:
         critic_rate: multiple of the run's learning rate, for the samples' score.

@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +18,8 @@ from src.utils import expand_t
 class MeanFlow(JumpRegression):
     """u(x_t, t, d) <- v - d * du/dt along the path, r = t - d held (2505.13447, eqs. 6 and 10).
 
-    du/dt is a Jacobian-vector product of the student, taken in float32 (TF32 on GPUs) in eval mode. It holds the
-    derivative of the time embedding, so the times want a mild scale: `num_train_timesteps` of 16 or so, not 1000.
+    du/dt is a Jacobian-vector product of the student, taken in float32 in eval mode. It holds the derivative of the
+    time embedding, so the times want a mild scale: `num_train_timesteps` of 16 or so, not 1000.
 
     Args:
         improved: take du/dt along the model's own velocity instead of the sample's (2512.02012, eq. 12),
@@ -52,9 +54,23 @@ class MeanFlow(JumpRegression):
         with eval_mode(student), torch.autocast(x_t.device.type, enabled=False):
             along = student.predict(x_t, t, torch.zeros_like(d)) if self.improved else v
             ones = torch.ones_like(t)
-            with torch.compiler.set_stance("force_eager"):  # forward-mode differentiation does not compile
+            # Forward-mode differentiation does not compile.
+            with torch.compiler.set_stance("force_eager"), without_tf32():
                 _, slope = torch.func.jvp(student.predict, (x_t, t, d), (along, ones, ones))
         return v - expand_t(d, x_t) * slope
 
     def weigh(self, error: Tensor, t: Tensor, d: Tensor, progress: float) -> Tensor:
         return adaptive(error, self.power)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """All of float32's digits in matrix products and convolutions on GPUs, where training gets by with fewer."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -18,7 +18,7 @@ class Trajectory(Objective):
 
     Args:
         levels: t, t' and s lie on multiples of 1/levels; the solver takes one Heun step from t to t' = t - 1/levels.
-        flow: weight of the velocity's regression.
+        flow: weight of the velocity's regression, at most 1.
     """
 
     levels: int = 16
@@ -33,7 +33,7 @@ class Trajectory(Objective):
         return self.flow > 0
 
     def draw(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        # Half of the jumps start from pure noise or end at data, as many do in a sample of few steps.
+        # Of samples of few steps: at least a quarter of the jumps start from pure noise, and half end at data.
         batch_size = shape[0]
         start = 1 + torch.randint(self.levels, (batch_size,))
         start = torch.where(torch.rand(batch_size) < 0.25, self.levels, start)
