@@ -62,7 +62,8 @@ class _Block(nn.Module):
 class EncoderCritic(nn.Module):
     """The way down and the middle of one's own trained U-Net, a small head on each resolution's last features.
 
-    Asked at t = 0, whose features are made for images without noise (after arXiv:2403.12015).
+    Asked at t = 0, whose features are made for images without noise (after arXiv:2403.12015; noised images, as there,
+    hide what gives few jumps away, and were worse: benchmarks/LOG.md, "The critic runs ahead").
 
     Args:
         model: the flow map that the U-Net is copied from.
