@@ -66,11 +66,11 @@ class Adversarial(Objective):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.critic not in ("encoder", "conv"):
+        if self.critic not in ("encoder", "frozen", "conv"):
             raise UserError(f"unknown critic {self.critic!r}: choose encoder or conv")
 
     def make_critic(self, model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
-        return EncoderCritic(model) if self.critic == "encoder" else ConvCritic(shape)
+        return ConvCritic(shape) if self.critic == "conv" else EncoderCritic(model, self.critic == "frozen")
 
     def draw(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         nfe, position = in_turn(DRAWN, shape[0]).unbind(1)
