@@ -58,6 +58,7 @@ def flops(work) -> int:
     return counter.get_total_flops()
 
 
+@torch.compiler.set_stance("force_eager")  # compiled operations are not counted
 def evaluations_a_sample(model, stage: Stage, batch: int = 24, steps: int = 2) -> float:
     """What one sample of a stage's steps costs, in forward passes of the model's network on one image.
 

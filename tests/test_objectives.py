@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, partial, partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +140,53 @@ def test_a_step_never_waits_for_its_device_nor_mixes_devices(name, monkeypatch):
     assert {tensor.device.type for tensors in logs.values() for tensor in tensors} == {norm.device.type} == {"meta"}
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         norm.item()  # what such a wait would meet
+
+
+@pytest.mark.parametrize(
+    ("name", "programs"),
+    [
+        ("shortcut", 1),
+        ("alpha_flow", 1),
+        ("adversarial/critic=conv/augmented=false", 7),
+        ("distribution_matching", 3),
+    ],
+)
+def test_a_stage_compiles_at_its_first_step_alone(name, programs, monkeypatch):
+    """Each program costs a GPU many seconds: none may depend on how many rows a step happens to draw."""
+    model = CustomGenerativeModel(MLP(use_additional_condition=True), CustomScheduler(1000), objective="rectified_flow")
+    compiled = torch._dynamo.utils.counters["stats"]
+    monkeypatch.setattr(engine, "can_compile", lambda device: True)
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    stages = plan([("rectified_flow", 0.2), (name, 0.8)], lambda name: make_objective(name, model.scheduler), 10)
+    training = Training(model, np.zeros((64, 1, 1, 2), np.uint8), Recipe(batch_size=16), stages)
+    counts = []
+    for _ in range(10):
+        training.step()
+        counts.append(compiled["unique_graphs"])
+    torch._dynamo.reset()
+    assert 0 < counts[0] == counts[1]  # a rectified flow
+    assert counts[2] == counts[-1] == counts[1] + programs
+
+
+def test_a_second_training_finds_what_the_first_compiled(monkeypatch):
+    """A timed chain's trial pays for the chain itself."""
+    compiled = torch._dynamo.utils.counters["stats"]
+    monkeypatch.setattr(engine, "can_compile", lambda device: True)
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    counts = [compiled["unique_graphs"]]
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = CustomGenerativeModel(MLP(True), CustomScheduler(1000), objective="rectified_flow")
+        shares = [("rectified_flow", 0.5), ("alpha_flow", 0.5)]
+        stages = plan(shares, lambda name: make_objective(name, model.scheduler), 4)  # noqa: B023 (used at once)
+        training = Training(model, np.zeros((64, 1, 1, 2), np.uint8), Recipe(batch_size=16), stages)
+        for _ in range(4):
+            training.step()
+        counts.append(compiled["unique_graphs"])
+    torch._dynamo.reset()
+    assert counts[0] < counts[1] == counts[2]
 
 
 def test_rates_fall_after_their_steady_share_of_the_stage():
@@ -382,11 +429,8 @@ def test_the_gradient_goes_through_all_jumps(randomised):
         torch.testing.assert_close(x[i], state[0], rtol=1e-4, atol=1e-4)
         total = total + state.square().sum()
     total.backward()
-    scale = max(p.grad.abs().max().item() for p in model.parameters())  # some are zero but for rounding
     for gradient, p in zip(gradients, model.parameters(), strict=True):
-        torch.testing.assert_close(
-            gradient, p.grad, rtol=1e-3, atol=max(1e-3 * p.grad.abs().max().item(), 1e-6 * scale)
-        )
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-3, atol=1e-3 * p.grad.abs().max().item())
     assert not x_t.requires_grad and u.requires_grad
 
 

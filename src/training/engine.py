@@ -3,10 +3,12 @@
 import copy
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,6 @@ from src.training.checkpoints import best_score, clear_leftovers, load_last, sav
 from src.training.data import batch_indices, to_batch
 from src.training.distributed import World
 from src.training.ema import EMA, PowerEMA
-from src.training.fusing import fuse
 from src.training.pairs import load_pairs
 from src.training.record import Metrics, RunRecord, early_preview, environment, plot_curves, save_previews
 from src.utils import UserError, save_model, write_json
@@ -184,6 +185,28 @@ def has_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def can_compile(device: torch.device) -> bool:
+    """Whether to compile for the device: a GPU, and a trial shows that all that torch.compile needs is there."""
+    return device.type == "cuda" and compiles(device)
+
+
+@cache
+def compiles(device: torch.device) -> bool:
+    """Try torch.compile, forward and backward; where it fails, a warning says why.
+
+    It takes a chip since Volta, Triton, a C compiler and Python's headers, and for what a network computes on the host,
+    as its time embedding does, a C++ compiler.
+    """
+    try:
+        x = torch.ones(4, device=device, requires_grad=True)
+        torch.compile(lambda x: (x * torch.arange(4.0).exp().to(x.device)).sum())(x).backward()
+    except Exception as fault:
+        why = str(fault).strip().split("\n")[0]
+        print(f"warning: torch.compile does not work here, so training is slower: {why}", file=sys.stderr)
+        return False
+    return True
+
+
 def seed_step(seed: int, step: int, stream: int) -> None:
     """Seed a step's randomness from these three alone, so that resuming needs no stored generator."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0]))
@@ -275,11 +298,19 @@ class Training:
             model.network.to(memory_format=torch.channels_last)
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")  # TF32, as convolutions: what is not in bfloat16 gets by with it
-            fuse(model)
+        self.compiling = can_compile(model.device)
+        if self.compiling:  # one network's code runs as student, average, teacher, critic, with and without gradient
+            torch._dynamo.config.cache_size_limit = 64
         self.ema, self.power_ema = EMA(model, recipe.ema_decay), PowerEMA(model)
+        self._compile(model.network, self.ema.model.network)
         self.started_from = model.objective
         self.steps, self.lr = 0, 0.0
         self._begin(0)
+
+    def _compile(self, *modules: nn.Module) -> None:
+        if self.compiling:  # in place: state-dict keys stay
+            for module in modules:  # every shape of a step is fixed
+                module.compile(dynamic=False)
 
     def _begin(self, index: int) -> None:
         """Set up the stage of this index, around the weights that the model has."""
@@ -290,11 +321,11 @@ class Training:
         if objective.needs_teacher:
             model.objective = self.stages[index - 1].objective if index else self.started_from
             teacher = copy.deepcopy(model).eval().requires_grad_(False)
+            self._compile(teacher.network)
         if objective.critic_steps:
             seed_step(recipe.seed, self.first_step, CRITIC)
             critic = objective.make_critic(model, self.images.shape[1:]).to(model.device)
-            if model.device.type == "cuda":
-                fuse(critic)
+            self._compile(critic.network if hasattr(critic, "predict") else critic)
         model.objective = self.ema.model.objective = objective
         self.nets = Nets(model, self.ema.model, teacher, critic)
         self.optimizer = self._optimizer(model, recipe.weight_decay)
@@ -560,7 +591,8 @@ def train(
                 logs, interval_start = {}, step
             evaluating = evaluate and recipe.eval_interval and (finished or step % recipe.eval_interval == 0)
             if first and evaluating and step > start:
-                scores = evaluate(average)
+                with torch.compiler.set_stance("force_eager"):  # its batches have other shapes
+                    scores = evaluate(average)
                 metrics.add({"step": step, **scores})
                 if scores["ratio"] < best:
                     best = scores["ratio"]
@@ -571,7 +603,7 @@ def train(
                 save()
             if first and (at_interval or early_preview(step)):
                 low = torch.autocast(device.type, torch.bfloat16, enabled=training.bf16)  # half the time on a CPU
-                with low:
+                with torch.compiler.set_stance("force_eager"), low:
                     save_previews(average, save_dir, step, recipe.seed)
             if step == interval_start:  # the time that saving took is not training time
                 interval_began = time.monotonic()

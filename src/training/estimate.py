@@ -27,14 +27,15 @@ def estimate(model, images: np.ndarray, recipe: Recipe, stages: list[Stage], wor
     for stage in stages:
         objective = copy.copy(stage.objective)
         objective.pairs = 0  # they are counted apart
-        training = Training(copy.deepcopy(model), images, few, [Stage(stage.name, objective, stage.steps)])
-        kept = _kept_by_autograd(training)
-        seconds_a_step = _seconds(model.device, training.step)
-        if stage.objective.pairs:
-            noise = torch.randn(CHUNK, *training.images.shape[1:], device=model.device)
-            one_step = training.nets.teacher, noise, stage.objective.solver, 1
-            steps = stage.objective.solver_steps * stage.objective.pairs / CHUNK / world.size
-            seconds += steps * _seconds(model.device, lambda one_step=one_step: solve(*one_step))
+        with torch.compiler.set_stance("force_eager"):
+            training = Training(copy.deepcopy(model), images, few, [Stage(stage.name, objective, stage.steps)])
+            kept = _kept_by_autograd(training)
+            seconds_a_step = _seconds(model.device, training.step)
+            if stage.objective.pairs:
+                noise = torch.randn(CHUNK, *training.images.shape[1:], device=model.device)
+                one_step = training.nets.teacher, noise, stage.objective.solver, 1
+                steps = stage.objective.solver_steps * stage.objective.pairs / CHUNK / world.size
+                seconds += steps * _seconds(model.device, lambda one_step=one_step: solve(*one_step))
         nets = training.nets
         others = 4 * parameters * (nets.teacher is not None)
         others += 16 * sum(p.numel() for p in nets.critic.parameters()) if nets.critic is not None else 0

@@ -86,7 +86,8 @@ def load_pairs(
     if not done.all():
         raise UserError(f"{folder} is incomplete ({int(done.sum())} of {len(done)} parts): the same command goes on")
     some = np.random.default_rng(seed).choice(objective.pairs, min(VERIFIED, objective.pairs), replace=False)
-    again = [x.cpu().numpy() for x in generated(some.tolist())]
+    with torch.compiler.set_stance("force_eager"):  # their number is another than a batch's
+        again = [x.cpu().numpy() for x in generated(some.tolist())]
     for row, eps, image in zip(some, *again, strict=True):
         # Batch sizes and chips round images differently; another teacher's differ by far more.
         if not (np.array_equal(noise[row], eps) and np.abs(images[row] - image).mean() < 0.03):
