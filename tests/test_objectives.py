@@ -41,7 +41,7 @@ VARIANTS = {
     "adversarial/critic=conv": "rectified_flow:0.8,adversarial/critic=conv/augmented=false:0.2",
 }
 del VARIANTS["progressive"], VARIANTS["adversarial"]
-ALONE = [*VARIANTS, "adversarial"]  # the encoder is a U-Net's, which the mixture has not
+ALONE = [*VARIANTS, "adversarial", "adversarial/critic=frozen"]  # encoders are a U-Net's, which the mixture has not
 FEW_STEP = [name for name in VARIANTS if name != "rectified_flow"]
 
 
@@ -122,6 +122,8 @@ def test_engine_trains_every_weight(model):
     training.step()
     after = [p for net in nets for p in net.parameters()]
     assert all((a != b).any() for a, b in zip(before, after, strict=True))
+    for weight in [] if training.nets.critic is None else training.nets.critic.buffers():
+        assert any(torch.equal(weight, p) for p in training.nets.teacher.parameters() if p.shape == weight.shape)
 
 
 def test_a_step_never_waits_for_its_device_nor_mixes_devices(name, monkeypatch):
@@ -244,8 +246,8 @@ def test_accumulation_does_not_change_the_gradient(model):
             accumulate_gradient(Loss(loss_function, nets, trained), data, noise, draw, 0.3, slices)
             gradients.append(torch.cat([p.grad.flatten() for p in trained.parameters()]))
         for gradient in gradients[1:]:
-            # Samples that went through several networks carry more rounding.
-            assert (gradient - gradients[0]).norm() < (1e-3 if nets.critic else 3e-5) * gradients[0].norm()
+            # Samples that went through several networks carry more rounding, a penalty's differences much more.
+            assert (gradient - gradients[0]).norm() < (3e-3 if nets.critic else 3e-5) * gradients[0].norm()
 
 
 def test_resumed_training_is_bitwise_equal(name, faces, workdir, monkeypatch):
@@ -636,7 +638,10 @@ def test_augmentation_is_differentiable_and_treats_pixels_alike():
         (lambda: parse_stages("progressive/levels=1:1"), "levels must be a power of two, from 2 on, got 1"),
         (lambda: make_objective("reflow/pairs=0", None), "the option pairs must be at least 1, got 0"),
         (lambda: make_objective("progressive/steps=3", None), "steps must divide levels/2 = 8, got 3"),
-        (lambda: make_objective("adversarial/critic=big", None), "unknown critic 'big': choose encoder or conv"),
+        (
+            lambda: make_objective("adversarial/critic=big", None),
+            "unknown critic 'big': choose encoder, frozen or conv",
+        ),
         (
             lambda: parse_stages("rectified_flow:0.5,shortcut:0.4"),
             r"must add up to 1, but 0.5 \(rectified_flow\) \+ 0.4 \(shortcut\) = 0.9",
