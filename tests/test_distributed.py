@@ -62,7 +62,7 @@ def test_two_processes_train_and_one_goes_on(faces, workdir, script_env):
 
 
 def test_two_processes_go_through_stages_with_pairs_and_a_critic(faces, workdir, script_env):
-    stages = "rectified_flow:0.34,reflow/pairs=100/solver_steps=1:0.33,adversarial/critic=frozen:0.33"
+    stages = "rectified_flow:0.34,reflow/pairs=100/solver_steps=1:0.33,adversarial:0.33"
     result = torchrun(
         2, workdir, script_env, ROOT / "train.py", "--data_root", faces, "--split_dir", faces, "--unet", "small",
         "--image_size", "32", "--device", "cpu", "--batch_size", "4", "--save_dir", "run", "--log_interval", "1",

@@ -30,8 +30,7 @@ class Adversarial(Objective):
     jumps more than of short ones, which that model takes well already. Student and critic are without dropout.
 
     Args:
-        critic: "encoder", the way down of the stage's first model with new heads; "frozen", the same, of which the
-            heads alone are trained; "conv", a small net from scratch.
+        critic: "encoder", the way down of the stage's first model, or "conv", a small net from scratch.
         critic_rate: multiple of the run's learning rate, for the critic.
         critic_steps: critic's steps for each of the student's.
         gamma: weight of the penalties.
@@ -67,11 +66,11 @@ class Adversarial(Objective):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.critic not in ("encoder", "frozen", "conv"):
-            raise UserError(f"unknown critic {self.critic!r}: choose encoder, frozen or conv")
+        if self.critic not in ("encoder", "conv"):
+            raise UserError(f"unknown critic {self.critic!r}: choose encoder or conv")
 
     def make_critic(self, model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
-        return ConvCritic(shape) if self.critic == "conv" else EncoderCritic(model, frozen=self.critic == "frozen")
+        return EncoderCritic(model) if self.critic == "encoder" else ConvCritic(shape)
 
     def draw(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         nfe, position = in_turn(DRAWN, shape[0]).unbind(1)

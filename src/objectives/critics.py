@@ -67,20 +67,15 @@ class EncoderCritic(nn.Module):
 
     Args:
         model: the flow map that the U-Net is copied from.
-        frozen: whether the heads alone are trained, as in arXiv:2403.12015.
     """
 
-    def __init__(self, model: nn.Module, frozen: bool):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.network = copy.deepcopy(model.network).requires_grad_(True)
         del self.network.upblocks, self.network.tail
         for module in self.network.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-            if frozen:  # as buffers the weights are saved, and no optimizer has them
-                for name, weight in list(module.named_parameters(recurse=False)):
-                    delattr(module, name)
-                    module.register_buffer(name, weight.detach())
         ends = [layer.main.in_channels for layer in self.network.downblocks if isinstance(layer, DownSample)]
         ends.append(self.network.middleblocks[-1].block2[-1].out_channels)
         self.heads = nn.ModuleList(

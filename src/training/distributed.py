@@ -31,8 +31,7 @@ class World(NamedTuple):
     def wrap(self, module: nn.Module) -> nn.Module:
         """Synchronise gradients through the module's forward pass; with one process, the module itself."""
         # Without device_ids: the inputs stay where the engine put them, the objectives' draws on the CPU.
-        # Buffers are a frozen critic's weights, alike everywhere.
-        return DistributedDataParallel(module, broadcast_buffers=False) if self.size > 1 else module
+        return DistributedDataParallel(module) if self.size > 1 else module
 
     def synchronised(self, module: nn.Module, last: bool):
         """Around one slice of a batch: only the last slice's backward pass exchanges gradients."""
