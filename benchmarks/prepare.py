@@ -1,13 +1,15 @@
 """Gather on a CPU what a rented GPU needs, so that none of its seconds go into set-up: faces, feature network, wheels.
 
-    python -m benchmarks.prepare --data_root ROOT --split_dir SPLIT --features FILE --python 3.12
+    python -m benchmarks.prepare --data_root ROOT --split_dir SPLIT --features FILE --python 3.12 --start CHECKPOINT
 
-Writes gpu/: both splits at the training size, the feature network in half precision, wheels of the packages that a
-machine with PyTorch alone lacks, and env.sh, which every step of benchmarks/gpu_plan.md begins with. A checkpoint to go
-on from (--start, with its model_config.json) is written in 8 bits beside them.
+Writes gpu/, which each step of benchmarks/gpu_plan.md begins with the env.sh of. gpu/train is what training needs: the
+training faces at the training size, wheels of the packages that the machine lacks, and the checkpoint to go on from
+(with its model_config.json) in 8 bits, compressed. gpu/score is what scores need beside it: the validation faces, the
+feature network in half precision.
 """
 
 import argparse
+import gzip
 import shutil
 import subprocess
 import sys
@@ -20,41 +22,46 @@ from src.images import DATA_ROOT, ensure_root, read_rgb, split_paths, to_pixels
 from src.training.export import export
 from src.utils import UserError, one_line_errors, replacing_folder, tensor_to_pil_image
 
-# What our code imports beyond PyTorch, NumPy, SciPy and Pillow, with what that needs in turn. Pinned, because a newer
-# one may need a package that is not here.
-WHEELS = """clean-fid==0.1.35 kagglehub==0.3.13 tqdm==4.70.1 matplotlib==3.11.2 contourpy==1.4.0 cycler==0.12.1
-    fonttools==4.68.0 kiwisolver==1.5.1 packaging==26.3 pyparsing==3.3.3 python-dateutil==2.9.0.post0 six==1.17.0
-    requests==2.34.2 urllib3==2.8.0 idna==3.20 certifi==2026.10.18 charset-normalizer==3.5.2 pyyaml==6.0.3""".split()
+# What our code imports beyond PyTorch, torchvision, NumPy, SciPy, Pillow and matplotlib, with what that needs in turn.
+# Pinned, because a newer one may need a package that is not here.
+WHEELS = """clean-fid==0.1.35 kagglehub==0.3.13 tqdm==4.70.1 packaging==26.3 requests==2.34.2 urllib3==2.8.0 idna==3.20
+    certifi==2026.10.18 charset-normalizer==3.5.2 pyyaml==6.0.3""".split()
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any")
 ENVIRONMENT = """\
-# Begins every step: packages, where the data lies, where evidence goes. OUT is what is brought back.
+# Begins every step: packages, faces, the start, where evidence goes. OUT is what is brought back.
 set -e -o pipefail
+mkdir -p results/faces
 needed='import cleanfid.fid, kagglehub, matplotlib.pyplot, scipy.stats, tqdm, PIL.Image'
 if ! python3 -c "$needed" 2>/dev/null; then
   site=results/site
   if [ ! -d $site ]; then
-    python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target $site.part gpu/wheels/*.whl
+    python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target $site.part gpu/train/wheels/*.whl
     mv $site.part $site
   fi
   export PYTHONPATH="$PWD/$site${{PYTHONPATH:+:$PYTHONPATH}}"
   python3 -c "$needed"
 fi
-FACES="--data_root gpu/faces --split_dir gpu/faces"
-FEATURES="--features gpu/{features}"
+for part in gpu/*/faces; do cp -r $part/. results/faces; done
+if [ -f gpu/train/start.pt.gz ] && [ ! -f results/start.pt ]; then
+  cp gpu/train/model_config.json results
+  gunzip -c gpu/train/start.pt.gz > results/start.part
+  mv results/start.part results/start.pt
+fi
+FACES="--data_root results/faces --split_dir results/faces"
+FEATURES="--features gpu/score/{features}"
 OUT=${{OUT:-results/out}}
-mkdir -p "$OUT" results
+mkdir -p "$OUT"
 """
 
 
-def write_faces(data_root: str, split_dir: str, size: int, folder: Path) -> None:
-    """Both splits as <id>.png at the training size, which training then reads unchanged, and their split files."""
+def write_faces(data_root: str, split_dir: str, split: str, size: int, folder: Path) -> None:
+    """A split as <id>.png at the training size, which training then reads unchanged, and its file."""
     ensure_root(data_root)
+    folder.mkdir(parents=True)
     pixels = to_pixels(size)
-    for split in ("train", "val"):
-        paths = split_paths(data_root, split, split_dir)
-        for path in tqdm(paths, desc=split):
-            tensor_to_pil_image(pixels(read_rgb(path))).save(folder / path.name, optimize=True)
-        shutil.copyfile(Path(split_dir) / f"{split}_split.txt", folder / f"{split}_split.txt")
+    for path in tqdm(split_paths(data_root, split, split_dir), desc=split):
+        tensor_to_pil_image(pixels(read_rgb(path))).save(folder / path.name, optimize=True)
+    shutil.copyfile(Path(split_dir) / f"{split}_split.txt", folder / f"{split}_split.txt")
 
 
 def write_features(source: Path, folder: Path) -> str:
@@ -93,16 +100,21 @@ def main() -> None:
     if args.out.exists() and any(args.out.iterdir()) and not (args.out / "env.sh").exists():
         raise UserError(f"{args.out} holds other files, and would be replaced: name another --out")
     with replacing_folder(args.out) as folder:
-        (folder / "faces").mkdir()
-        write_faces(args.data_root, args.split_dir, args.size, folder / "faces")
-        features = write_features(args.features, folder)
+        train, score = folder / "train", folder / "score"
+        for split, part in (("train", train), ("val", score)):
+            write_faces(args.data_root, args.split_dir, split, args.size, part / "faces")
+        features = write_features(args.features, score)
         if args.python:
-            download_wheels(args.python, folder / "wheels")
+            download_wheels(args.python, train / "wheels")
         if args.start:
-            export(args.start.parent, args.start.name, "int8", folder / "start.pt")
+            export(args.start.parent, args.start.name, "int8", train / "start.pt")
+            with open(train / "start.pt", "rb") as plain, gzip.open(train / "start.pt.gz", "wb") as packed:
+                shutil.copyfileobj(plain, packed)
+            (train / "start.pt").unlink()
         (folder / "env.sh").write_text(ENVIRONMENT.format(features=features))
-    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file()) / 2**20
-    print(f"{args.out}: {size:.1f} MiB")
+    for part in ("train", "score"):
+        size = sum(path.stat().st_size for path in (args.out / part).rglob("*") if path.is_file()) / 2**20
+        print(f"{args.out / part}: {size:.1f} MiB")
 
 
 if __name__ == "__main__":
