@@ -1,7 +1,9 @@
 """The comparison of objectives: what it measures is measured once, and never passed off as something else."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,9 +13,11 @@ import torch
 import train as train_py
 from benchmarks import objectives, prepare, timed_chain
 from custom_model import create_custom_model
+from src.images import split_paths
 from src.objectives import make_objective, parse_stages
+from src.training.data import load_images
 from src.training.engine import plan
-from src.utils import UserError, write_json
+from src.utils import UserError, load_model, save_model, write_json
 
 
 def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, tiny_network, randomised, monkeypatch):
@@ -108,6 +112,36 @@ def test_prepare_replaces_no_folder_but_its_own(workdir, monkeypatch):
         with pytest.raises(UserError, match="holds other files, and would be replaced"):
             prepare.main()
     assert (workdir / "results/run.json").exists()
+
+
+def test_prepared_parts_hold_what_training_and_what_scores_need(faces, workdir, tiny_network, randomised, monkeypatch):
+    config = {"unet": "small", "image_size": 32, "objective": "shortcut", "use_additional_condition": True}
+    model = randomised(create_custom_model(**config))
+    save_model(model, workdir / "start/final_model.pt", {**config, "num_train_timesteps": 1000})
+    command = ["prepare", "--data_root", str(faces), "--split_dir", str(faces), "--features", str(tiny_network),
+               "--start", "start/final_model.pt", "--size", "32"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    prepare.main()
+    ours = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OUT": "evidence"}
+
+    def begin(part: str) -> str:
+        """What a step finds on a machine that only this part was sent to."""
+        shutil.rmtree("machine/gpu", ignore_errors=True)
+        shutil.copytree(f"gpu/{part}", f"machine/gpu/{part}")
+        shutil.copy("gpu/env.sh", "machine/gpu")
+        command = ["bash", "-c", ". gpu/env.sh; echo $FACES $FEATURES"]
+        return subprocess.run(command, cwd="machine", env=ours, check=True, capture_output=True, text=True).stdout
+
+    begin("train")
+    images, _ = load_images("machine/results/faces", "machine/results/faces", 32)
+    assert len(images) == len(load_images(str(faces), str(faces), 32)[0])
+    start = load_model("machine/results/start.pt", create_custom_model)
+    for found, weight in zip(start.parameters(), model.parameters(), strict=True):
+        assert (found - weight).abs().max() <= weight.abs().max() / 250  # 8 bits
+    assert not list(Path("machine/results/faces").glob("val_split.txt"))
+    named = begin("score")
+    assert len(split_paths("machine/results/faces", "val", "machine/results/faces")) > 0
+    assert (Path("machine") / named.split()[-1]).is_file() and Path("machine/evidence").is_dir()
 
 
 def test_timed_chain_fits_its_steps_to_the_time(workdir, monkeypatch):
