@@ -2,10 +2,10 @@
 
     python -m benchmarks.prepare --data_root ROOT --split_dir SPLIT --features FILE --python 3.12 --start CHECKPOINT
 
-Writes gpu/, which each step of benchmarks/gpu_plan.md begins with the env.sh of. gpu/train is what training needs: the
-training faces at the training size, wheels of the packages that the machine lacks, and the checkpoint to go on from
-(with its model_config.json) in 8 bits, compressed. gpu/score is what scores need beside it: the validation faces, the
-feature network in half precision.
+Writes gpu/env.sh, which each step of benchmarks/gpu_plan.md begins with; gpu/train, what training needs: the training
+faces at the training size, wheels of the packages that the machine lacks, and the checkpoint to go on from (with its
+model_config.json) in 8 bits, compressed; gpu/score, what scores need beside it: the validation faces, the feature
+network in half precision.
 """
 
 import argparse
@@ -41,8 +41,10 @@ if ! python3 -c "$needed" 2>/dev/null; then
   export PYTHONPATH="$PWD/$site${{PYTHONPATH:+:$PYTHONPATH}}"
   python3 -c "$needed"
 fi
-for part in gpu/*/faces; do cp -r $part/. results/faces; done
-if [ -f gpu/train/start.pt.gz ] && [ ! -f results/start.pt ]; then
+for part in gpu/*/faces; do
+  if [ -d $part ]; then cp -r $part/. results/faces; fi
+done
+if [ -f gpu/train/start.pt.gz ]; then
   cp gpu/train/model_config.json results
   gunzip -c gpu/train/start.pt.gz > results/start.part
   mv results/start.part results/start.pt
