@@ -28,7 +28,7 @@ from custom_model import create_custom_model
 from src.evaluation.compare import plot_distances
 from src.evaluation.intervals import mean_interval
 from src.evaluation.sampler import SIGMAS, choose_smoothing
-from src.evaluation.scoring import Scorer, draw_images
+from src.evaluation.scoring import Scorer, draw_samples
 from src.objectives import make_objective, parse_stages
 from src.training.data import load_images
 from src.training.engine import Recipe, Stage, Training, plan
@@ -41,6 +41,7 @@ from src.utils import (
     one_line_errors,
     pick_device,
     run_to_the_end,
+    tensor_to_pil_image,
     weights_hash,
     write_json,
 )
@@ -159,7 +160,7 @@ def side_by_side(final: Path, device) -> list:
     model = load_model(final, create_custom_model, device)
     images = []
     for nfe in NFES:
-        images += draw_images(model, nfe, 0, 4)
+        images += tensor_to_pil_image(draw_samples(model, nfe, 0, 4))
     return images
 
 

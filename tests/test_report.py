@@ -19,9 +19,9 @@ from src.evaluation.distances import frechet_distance, kernel_distance, manifold
 from src.evaluation.failures import copies, failure_rates, nearest, saturation, sharpness, variety
 from src.evaluation.features import load_features
 from src.evaluation.intervals import at_infinity, mean_interval
-from src.evaluation.report import flattened
+from src.evaluation.report import Model, flattened
 from src.evaluation.scoring import Data
-from src.utils import UserError, save_model
+from src.utils import UserError, load_model, save_model, tensor_to_pil_image
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -167,6 +167,26 @@ def test_report_is_whole_reproducible_and_reads_without_a_network(runs, faces, t
     for told in ("FD[tiny]", "color-scheme: light dark", "width=device-width", "id=nfe"):
         assert told in page
     assert f"{content['nfe']['1']['ratio']:.2f}" in page
+
+
+def test_models_that_differ_in_smoothing_alone_share_their_samples(runs, tiny_network):
+    settings = {"unet": "small", "image_size": 32, "smoothing": {"2": 0.1}}
+    plain = runs / "run1/final_model.pt"
+    save_model(load_model(plain, create_custom_model), runs / "smooth/final_model.pt", settings)
+    features, device = load_features(tiny_network, torch.device("cpu")), torch.device("cpu")
+    models = [Model(path, features, device, 16) for path in (plain, runs / "smooth/final_model.pt")]
+    noise = [torch.Generator().manual_seed(i) for i in range(16)]
+    for model in models:
+        expected = tensor_to_pil_image(model.net.sample((16, 3, 32, 32), 2, generator=noise))
+        assert np.array_equal(model.pixels(2, 0), np.stack([np.asarray(image) for image in expected]))
+        noise = [torch.Generator().manual_seed(i) for i in range(16)]
+    assert len(list((runs / "data/cache").glob("samples-*"))) == 1
+    assert not np.array_equal(models[0].embedded(2, 0), models[1].embedded(2, 0))
+    assert np.array_equal(models[0].pixels(1, 0), models[1].pixels(1, 0))  # not smoothed at this NFE
+
+    low = Model(plain, features, device, 16, bf16=True)
+    apart = np.abs(low.pixels(2, 0).astype(int) - models[0].pixels(2, 0))
+    assert 0 < apart.mean() < 2  # other roundings, the same images
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page's look is not tested")

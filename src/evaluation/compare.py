@@ -76,7 +76,7 @@ def write_comparison(checkpoints: dict[str, Path], args: argparse.Namespace) -> 
     """Score each on the same noise; print the table, write OUT/comparison.json, .md and .png."""
     device = pick_device(args.device)
     features = load_features(args.features or official_inception(), device)
-    models = {name: Model(str(path), features, device, args.samples) for name, path in checkpoints.items()}
+    models = {name: Model(str(path), features, device, args.samples, args.bf16) for name, path in checkpoints.items()}
     sizes = {model.net.image_size for model in models.values()}
     if len(sizes) > 1:
         raise UserError(f"the models make images of different sizes ({sorted(sizes)}): they cannot be compared")
@@ -84,7 +84,8 @@ def write_comparison(checkpoints: dict[str, Path], args: argparse.Namespace) -> 
     source = args.data_root, args.split_dir
     real = Data(*source, "val", size, features, device).features
     floor = frechet_distance(Data(*source, "train", size, features, device, most=args.samples).features, real)
-    content = {"distance": features.distance, "samples": args.samples, "seeds": args.seeds, "floor": floor, "nfe": {}}
+    content = {"distance": features.distance, "samples": args.samples, "seeds": args.seeds, "bf16": args.bf16}
+    content |= {"floor": floor, "nfe": {}}
     for nfe in tqdm(sorted(set(args.nfe)), desc="NFE"):
         found = {
             name: [frechet_distance(model.embedded(nfe, seed), real) for seed in range(args.seeds)]

@@ -68,7 +68,8 @@ def write_page(folder: Path, content: dict, figures: Figures) -> None:
             temporary.write_bytes(png)
     facts = (
         f"{content['samples']} samples for each NFE and sampling seed, {content['sampling seeds']} sampling seeds; "
-        f"{content['size']} px; {content['validation images']:,} validation images; "
+        f"{content['size']} px{', sampled in bfloat16' if content['bf16'] else ''}; "
+        f"{content['validation images']:,} validation images; "
         f"{content['training images']:,} training images; features {content['features'][:16]}, "
         f"weights {content['weights']}"
     )

@@ -1,6 +1,7 @@
 """A model's scores with their intervals, its memory of training images and its failures: report.json, report.html."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from src.evaluation.failures import copies, failure_rates, nearest, variety
 from src.evaluation.features import Features, load_features, official_inception
 from src.evaluation.intervals import at_infinity, mean_interval
 from src.evaluation.page import Figures, write_page
-from src.evaluation.scoring import Data, draw_images, evenly, image_features
+from src.evaluation.scoring import Data, draw_samples, evenly, image_features
 from src.utils import (
     NFES,
     UserError,
@@ -44,29 +45,47 @@ SWEEP = (1, 2, 3, 4, 5, 8, 10, 20, 50, 100, 250)
 class Model:
     """A checkpoint's samples and their features, each made once and kept in data/cache.
 
+    Samples are kept as they are before smoothing, so that models which differ in it alone share them.
+
     Args:
         count: samples of one set; set `seed` starts from noise seeds seed * 1,000,000 and on.
+        bf16: sample in bfloat16.
     """
 
-    def __init__(self, checkpoint: str, features: Features, device: torch.device, count: int):
+    def __init__(self, checkpoint: str, features: Features, device: torch.device, count: int, bf16: bool = False):
         self.net = load_model(checkpoint, create_custom_model, device)
-        self.features, self.device, self.count = features, device, count
-        digest = hashlib.sha256(Path(checkpoint).with_name("model_config.json").read_bytes())
+        self.net.network.to(memory_format=torch.channels_last)  # an eighth faster on CPUs
+        self.features, self.device, self.count, self.bf16 = features, device, count, bf16
+        config = json.loads(Path(checkpoint).with_name("model_config.json").read_text())
+        config.pop("smoothing", None)
+        digest = hashlib.sha256(json.dumps([config, bf16], sort_keys=True).encode())
         digest.update(repr(self.net.objective).encode())  # the checkpoint's own, which says what jumps are asked for
         digest.update(weights_hash(self.net).encode())
         self.key = digest.hexdigest()[:16]
 
+    def autocast(self) -> torch.autocast:
+        """The precision to sample in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
     def pixels(self, nfe: int, seed: int) -> np.ndarray:
         """uint8 [count, H, W, 3]."""
+        scheduler = self.net.scheduler
 
         def draw() -> np.ndarray:
-            return np.stack([np.asarray(image) for image in draw_images(self.net, nfe, seed * 1_000_000, self.count)])
+            smoothing, scheduler.smoothing = scheduler.smoothing, {}
+            try:
+                with self.autocast():
+                    return draw_samples(self.net, nfe, seed * 1_000_000, self.count).numpy()
+            finally:
+                scheduler.smoothing = smoothing
 
-        return cached_array(f"samples-{self.key}-{nfe}-{seed}-{self.count}", draw)
+        samples = torch.from_numpy(cached_array(f"samples-{self.key}-{nfe}-{seed}-{self.count}", draw))
+        return np.stack(_images(scheduler.smooth(samples, nfe)))
 
     def embedded(self, nfe: int, seed: int) -> np.ndarray:
         """Features [count, D]."""
-        name = f"features-{self.features.key[:16]}-{self.key}-{nfe}-{seed}-{self.count}"
+        smoothing = self.net.scheduler.smoothing.get(nfe, 0)
+        name = f"features-{self.features.key[:16]}-{self.key}-{nfe}-{smoothing:g}-{seed}-{self.count}"
         return cached_array(name, lambda: image_features(self.pixels(nfe, seed), self.features, self.device))
 
 
@@ -111,7 +130,7 @@ def report(args) -> None:
     check_counts(args, args.sweep)
     device = pick_device(args.device)
     features = load_features(args.features or official_inception(), device)
-    model = Model(args.checkpoint, features, device, args.samples)
+    model = Model(args.checkpoint, features, device, args.samples, args.bf16)
     size = model.net.image_size
     train, val = (Data(args.data_root, args.split_dir, split, size, features, device) for split in ("train", "val"))
     chosen = evenly(len(train.pixels), args.samples)
@@ -127,6 +146,7 @@ def report(args) -> None:
         "picture seed": args.seed,
         "provenance": read_checkpoint(args.checkpoint).get("provenance", {}),
         "sampler": {"time_grids": model.net.scheduler.time_grids, "smoothing": model.net.scheduler.smoothing},
+        "bf16": args.bf16,
         "samples": args.samples,
         "sampling seeds": args.seeds,
         "training images": len(train.pixels),
@@ -154,7 +174,8 @@ def report(args) -> None:
     for nfe in tqdm(args.sweep, desc="sweep"):
         content["sweep"][str(nfe)] = frechet_distance(model.embedded(nfe, 0), val.features)
     out = Path(args.out)
-    pictures = figures(model, seen_pixels, seen, val, args.seed)
+    with model.autocast():
+        pictures = figures(model, seen_pixels, seen, val, args.seed)
     write_json(out / "report.json", content)
     write_page(out, content, pictures)
     rows = {f"NFE {nfe}": images[:8] for nfe, images in pictures.samples.items()}

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from cleanfid.resize import build_resizer
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from src.evaluation.distances import frechet_distance
@@ -28,14 +29,16 @@ def image_features(images: Sequence[Image.Image], features: Features, device: to
     return np.concatenate(found)
 
 
-def draw_images(model, nfe: int, first_seed: int, count: int) -> list[Image.Image]:
-    """Samples from the noise of seeds first_seed, first_seed + 1, ..., so that they do not depend on the batches."""
-    images = []
-    for start in range(first_seed, first_seed + count, 64):
-        noise = [torch.Generator().manual_seed(i) for i in range(start, min(start + 64, first_seed + count))]
-        shape = (len(noise), 3, model.image_size, model.image_size)
-        images += tensor_to_pil_image(model.sample(shape, nfe, generator=noise))
-    return images
+def draw_samples(model, nfe: int, first_seed: int, count: int) -> Tensor:
+    """Samples [count, 3, H, W] from the noise of seeds first_seed, first_seed + 1, ..., whatever the batches."""
+    samples = []
+    with tqdm(total=count, desc=f"samples of NFE {nfe}", leave=False) as progress:
+        for start in range(first_seed, first_seed + count, 64):
+            noise = [torch.Generator().manual_seed(i) for i in range(start, min(start + 64, first_seed + count))]
+            shape = (len(noise), 3, model.image_size, model.image_size)
+            samples.append(model.sample(shape, nfe, generator=noise).cpu())
+            progress.update(len(noise))
+    return torch.cat(samples)
 
 
 def evenly(count: int, most: int) -> np.ndarray:
@@ -113,7 +116,8 @@ class Scorer:
         """The distance at each NFE, and "ratio": their mean as a multiple of the floor."""
         distances = {}
         for nfe in NFES:
-            found = image_features(draw_images(model, nfe, self.seed, self.count), self.features, self.device)
+            images = tensor_to_pil_image(draw_samples(model, nfe, self.seed, self.count))
+            found = image_features(images, self.features, self.device)
             distances[nfe] = frechet_distance(found, self.reference)
         named = {f"{self.features.distance} NFE {nfe}": distance for nfe, distance in distances.items()}
         return {**named, "floor": self.floor, "ratio": sum(distances.values()) / len(NFES) / self.floor}
