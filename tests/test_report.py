@@ -178,7 +178,8 @@ def test_models_that_differ_in_smoothing_alone_share_their_samples(runs, tiny_ne
     noise = [torch.Generator().manual_seed(i) for i in range(16)]
     for model in models:
         expected = tensor_to_pil_image(model.net.sample((16, 3, 32, 32), 2, generator=noise))
-        assert np.array_equal(model.pixels(2, 0), np.stack([np.asarray(image) for image in expected]))
+        expected = np.stack([np.asarray(image) for image in expected])
+        assert np.abs(model.pixels(2, 0).astype(int) - expected).max() <= 1  # other batches, other roundings
         noise = [torch.Generator().manual_seed(i) for i in range(16)]
     assert len(list((runs / "data/cache").glob("samples-*"))) == 1
     assert not np.array_equal(models[0].embedded(2, 0), models[1].embedded(2, 0))

@@ -31,10 +31,11 @@ def image_features(images: Sequence[Image.Image], features: Features, device: to
 
 def draw_samples(model, nfe: int, first_seed: int, count: int) -> Tensor:
     """Samples [count, 3, H, W] from the noise of seeds first_seed, first_seed + 1, ..., whatever the batches."""
+    at_once = 64 if model.device.type == "cuda" else 8  # a CPU's caches hold no more
     samples = []
     with tqdm(total=count, desc=f"samples of NFE {nfe}", leave=False) as progress:
-        for start in range(first_seed, first_seed + count, 64):
-            noise = [torch.Generator().manual_seed(i) for i in range(start, min(start + 64, first_seed + count))]
+        for start in range(first_seed, first_seed + count, at_once):
+            noise = [torch.Generator().manual_seed(i) for i in range(start, min(start + at_once, first_seed + count))]
             shape = (len(noise), 3, model.image_size, model.image_size)
             samples.append(model.sample(shape, nfe, generator=noise).cpu())
             progress.update(len(noise))
