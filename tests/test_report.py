@@ -214,6 +214,7 @@ def test_comparison_and_ablation(runs, faces, tiny_network, script_env):
     assert list(content["nfe"]) == ["1", "3"] and content["floor"] > 0
     found = content["nfe"]["1"]
     assert found["run1/final_model.pt"]["difference"] == [0, 0] and found["run2"]["difference"][0] != 0
+    assert found["run1/final_model.pt"]["pixels"] == 0 < found["run2"]["pixels"] < 255
     assert (runs / "compared/comparison.png").stat().st_size > 1000
     assert "| run2 |" in result.stdout and "| run2 |" in (runs / "compared/comparison.md").read_text()
 

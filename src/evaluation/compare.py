@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from tqdm import tqdm
 
 from src.evaluation.distances import frechet_distance
@@ -91,14 +92,18 @@ def write_comparison(checkpoints: dict[str, Path], args: argparse.Namespace) -> 
             name: [frechet_distance(model.embedded(nfe, seed), real) for seed in range(args.seeds)]
             for name, model in models.items()
         }
-        content["nfe"][str(nfe)] = differences(found)
+        rows = content["nfe"][str(nfe)] = differences(found)
+        base = next(iter(models.values())).pixels(nfe, 0).astype(np.float32)
+        for name, model in models.items():
+            rows[name]["pixels"] = float(np.abs(model.pixels(nfe, 0) - base).mean())
 
     lines = [
         f"{features.distance}, {args.samples} samples, {args.seeds} common sampling seeds; difference to "
-        f"{next(iter(models))} (± half the 95 % interval), * where it exceeds noise; training images: {floor:.2f}",
+        f"{next(iter(models))} (± half the 95 % interval), * where it exceeds noise, and how far a pixel is from that "
+        f"model's on average, of 255; training images: {floor:.2f}",
         "",
-        "| | " + " | ".join(f"NFE {nfe} | difference" for nfe in content["nfe"]) + " |",
-        "|---" * (1 + 2 * len(content["nfe"])) + "|",
+        "| | " + " | ".join(f"NFE {nfe} | difference | pixels" for nfe in content["nfe"]) + " |",
+        "|---" * (1 + 3 * len(content["nfe"])) + "|",
     ]
     for i, name in enumerate(models):
         cells = []
@@ -107,6 +112,7 @@ def write_comparison(checkpoints: dict[str, Path], args: argparse.Namespace) -> 
             mark = " *" if row["exceeds noise"] else ""
             cells.append("{:.2f} ± {:.2f}".format(*row["distance"]))
             cells.append("{:+.2f} ± {:.2f}{}".format(*row["difference"], mark) if i else "")
+            cells.append(f"{row['pixels']:.2f}" if i else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     out = Path(args.out)
     write_json(out / "comparison.json", content)
