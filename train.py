@@ -29,8 +29,9 @@ from src.utils import (
 
 # Recipes for those who do not want to improvise; every value can be overridden by its flag. The adversarial stage that
 # won on the small network has not drawn faces on the challenge's, in 154 steps at most (LOG, "the third GPU"). So the
-# chain ends before it, with what was nearest at NFE 1 on the small network of all that needs no critic, no pairs and no
-# other times, and on the challenge's, after alpha-Flow, took NFE 1 from 37 to 22. The shares are not measured there.
+# chain ends before it, with what was, beside `progressive`, nearest at NFE 1 on the small network of all that needs no
+# critic, no pairs and no other scale of times. On the challenge's, after alpha-Flow, it took NFE 1 from 37 to 22. The
+# shares are not measured there.
 CHAIN = "rectified_flow:0.6,shortcut/flow=0.5/levels=16:0.4"
 PRESETS = {
     # A look at whether everything works: 0.2 M images.

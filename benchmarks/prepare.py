@@ -5,7 +5,7 @@
 Writes gpu/env.sh, which each step of benchmarks/gpu_plan.md begins with; gpu/train, what training needs: the training
 faces at the training size, wheels of the packages that the machine lacks, and the checkpoint to go on from (with its
 model_config.json) in 8 bits, compressed; gpu/score, what scores need beside it: the validation faces, the feature
-network in half precision; and gpu/compiled.tar.gz, where an earlier machine has brought back what it compiled.
+network in half precision.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import gzip
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import torch
@@ -52,7 +51,6 @@ if [ -f gpu/train/start.pt.gz ]; then
 fi
 mkdir -p results/compiled
 export TORCHINDUCTOR_CACHE_DIR="$PWD/results/compiled"
-if [ -f gpu/compiled.tar.gz ]; then tar -C results -xzf gpu/compiled.tar.gz; fi
 FACES="--data_root results/faces --split_dir results/faces"
 FEATURES="--features gpu/score/{features}"
 OUT=${{OUT:-results/out}}
@@ -101,13 +99,10 @@ def main() -> None:
     parser.add_argument("--features", type=Path, required=True, help="TorchScript network to score with")
     parser.add_argument("--python", help="of the machine with the GPU: tried with 3.12; left out: no wheels")
     parser.add_argument("--start", type=Path, help="checkpoint to go on from")
-    parser.add_argument("--compiled", type=Path, help="compiled.tar.gz of a machine with the same PyTorch and GPU")
     parser.add_argument("--out", type=Path, default=Path("gpu"))
     args = parser.parse_args()
     if args.out.exists() and any(args.out.iterdir()) and not (args.out / "env.sh").exists():
         raise UserError(f"{args.out} holds other files, and would be replaced: name another --out")
-    if args.compiled and not (args.compiled.is_file() and tarfile.is_tarfile(args.compiled)):
-        raise UserError(f"{args.compiled} is no archive: join its pieces with cat compiled.* > {args.compiled.name}")
     with replacing_folder(args.out) as folder:
         train, score = folder / "train", folder / "score"
         for split, part in (("train", train), ("val", score)):
@@ -120,8 +115,6 @@ def main() -> None:
             with open(train / "start.pt", "rb") as plain, gzip.open(train / "start.pt.gz", "wb") as packed:
                 shutil.copyfileobj(plain, packed)
             (train / "start.pt").unlink()
-        if args.compiled:
-            shutil.copyfile(args.compiled, folder / "compiled.tar.gz")
         (folder / "env.sh").write_text(ENVIRONMENT.format(features=features))
     for part in ("train", "score"):
         size = sum(path.stat().st_size for path in (args.out / part).rglob("*") if path.is_file()) / 2**20

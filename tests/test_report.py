@@ -138,11 +138,11 @@ def evaluation(cwd, env, *args):
 
 def test_report_is_whole_reproducible_and_reads_without_a_network(runs, faces, tiny_network, script_env):
     flags = ["--data_root", faces, "--split_dir", faces, "--features", tiny_network, "--samples", "16", "--seeds", "2"]
-    command = ["report", "--checkpoint", "run1/final_model.pt", "--sweep", "1", "3", *flags]
+    command = ["report", "--checkpoint", "run1/final_model.pt", "--sweep", "1", "3", *flags, "--bf16"]
     result = evaluation(runs, script_env, *command, "--out", "out")
     assert result.returncode == 0, result.stderr
     content = json.loads((runs / "out/report.json").read_text())
-    assert content["distance"] == "FD[tiny]" and list(content["nfe"]) == ["1", "2", "4"]
+    assert content["bf16"] and content["distance"] == "FD[tiny]" and list(content["nfe"]) == ["1", "2", "4"]
     assert list(content["sweep"]) == ["1", "3"] and content["training images"] == 24
     for found in content["nfe"].values():
         mean, half = found["intervals"]["frechet"]
@@ -164,7 +164,7 @@ def test_report_is_whole_reproducible_and_reads_without_a_network(runs, faces, t
         assert (runs / f"out/{name}.png").read_bytes().startswith(b"\x89PNG"), name
     told_without = pictures.sub("", page)  # a picture's base64 may spell anything
     assert "http" not in told_without and "src=" not in told_without
-    for told in ("FD[tiny]", "color-scheme: light dark", "width=device-width", "id=nfe"):
+    for told in ("FD[tiny]", "32 px, sampled in bfloat16;", "color-scheme: light dark", "width=device-width", "id=nfe"):
         assert told in page
     assert f"{content['nfe']['1']['ratio']:.2f}" in page
 

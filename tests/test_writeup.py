@@ -145,12 +145,17 @@ def changed(project: Path, change) -> None:
         report.write_text(json.dumps(scored))
 
 
+def in_bfloat16(report: Path) -> None:
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"bf16": True}))
+
+
 @pytest.mark.parametrize(
     "spoil, told",
     [
         (lambda p: (p / "run/report/farthest.png").unlink(), "the figure run/report/farthest.png is missing"),
         (lambda p: (p / "run/iter=2_sample_1.png").unlink(), "the figure run/iter=2_sample_1.png is missing"),
         (lambda p: shutil.rmtree(p / "run/report"), "src.evaluation report --checkpoint checkpoints/best_model.pt"),
+        (lambda p: in_bfloat16(p / "run/report/report.json"), "draws float32 ones: write it without --bf16"),
         (lambda p: (p / "run/metrics.jsonl").unlink(), "the loss curve's run/metrics.jsonl is missing"),
         (lambda p: changed(p, lambda r: r["stages"][0].update(citations=[])), "rectified_flow cites nothing"),
         (lambda p: changed(p, lambda r: r["stages"].pop()), "is of another model than run trained"),

@@ -184,8 +184,10 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
                   f"--out {report}")  # fmt: skip
     if not goes_on(scored["provenance"].get("stages", []), records[-1]):
         raise Fault(f"{report} is of another model than {runs[-1]} trained: write it again")
-    if "sampler" not in scored:
+    if "bf16" not in scored:
         raise Fault(f"{report} is of an older version: write it again")
+    if scored["bf16"]:
+        raise Fault(f"{report} is of bfloat16 samples, and sampling.py draws float32 ones: write it without --bf16")
     check_order(runs, records)
     known = set(re.findall(r"@\w+\{([^,\s]+),", BIBLIOGRAPHY.read_text()))
     last = records[-1]

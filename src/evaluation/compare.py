@@ -100,7 +100,7 @@ def write_comparison(checkpoints: dict[str, Path], args: argparse.Namespace) -> 
     lines = [
         f"{features.distance}, {args.samples} samples, {args.seeds} common sampling seeds; difference to "
         f"{next(iter(models))} (± half the 95 % interval), * where it exceeds noise, and how far a pixel is from that "
-        f"model's on average, of 255; training images: {floor:.2f}",
+        f"model's on average, of 255, with the first seed; training images: {floor:.2f}",
         "",
         "| | " + " | ".join(f"NFE {nfe} | difference | pixels" for nfe in content["nfe"]) + " |",
         "|---" * (1 + 3 * len(content["nfe"])) + "|",

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from custom_model import create_custom_model
-from src.evaluation.scoring import evenly
+from src.evaluation.scoring import draw_samples, evenly
 from src.images import read_rgb, split_paths, to_pixels
 from src.objectives import make_objective
 from src.utils import UserError, load_model, objective_of, read_checkpoint, save_model, tensor_to_pil_image
@@ -90,8 +90,7 @@ def search_smoothing(model, nfe: int, pixels: np.ndarray, count: int = 128, seed
     """
     model = copy.deepcopy(model)
     model.scheduler.smoothing.clear()
-    noise = [torch.Generator().manual_seed(seed + i) for i in range(count)]
-    samples = model.sample((count, 3, model.image_size, model.image_size), nfe, generator=noise)
+    samples = draw_samples(model, nfe, seed, count)
     wanted, found = neighbour_differences(pixels), {}
     for sigma in (0.0, *(round(level / 127.5, 4) for level in SIGMAS)):
         model.scheduler.smoothing = {nfe: sigma} if sigma else {}

@@ -30,7 +30,7 @@ def image_features(images: Sequence[Image.Image], features: Features, device: to
 
 
 def draw_samples(model, nfe: int, first_seed: int, count: int) -> Tensor:
-    """Samples [count, 3, H, W] from the noise of seeds first_seed, first_seed + 1, ..., whatever the batches."""
+    """Samples [count, 3, H, W] on the CPU, about [-1, 1], each from the noise of its own seed: first_seed and on."""
     at_once = 64 if model.device.type == "cuda" else 8  # a CPU's caches hold no more
     samples = []
     with tqdm(total=count, desc=f"samples of NFE {nfe}", leave=False) as progress:

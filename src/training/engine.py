@@ -294,7 +294,7 @@ class Training:
         self.bf16 = has_bf16(model.device)
         self.images = torch.from_numpy(images).to(model.device)
         on_gpu = model.device.type == "cuda"
-        if on_gpu:  # slower on CPUs
+        if on_gpu:  # training on CPUs is slower with it
             model.network.to(memory_format=torch.channels_last)
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")  # TF32, as convolutions: what is not in bfloat16 gets by with it
