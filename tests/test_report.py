@@ -175,12 +175,11 @@ def test_models_that_differ_in_smoothing_alone_share_their_samples(runs, tiny_ne
     save_model(load_model(plain, create_custom_model), runs / "smooth/final_model.pt", settings)
     features, device = load_features(tiny_network, torch.device("cpu")), torch.device("cpu")
     models = [Model(path, features, device, 16) for path in (plain, runs / "smooth/final_model.pt")]
-    noise = [torch.Generator().manual_seed(i) for i in range(16)]
     for model in models:
+        noise = [torch.Generator().manual_seed(i) for i in range(16)]
         expected = tensor_to_pil_image(model.net.sample((16, 3, 32, 32), 2, generator=noise))
         expected = np.stack([np.asarray(image) for image in expected])
         assert np.abs(model.pixels(2, 0).astype(int) - expected).max() <= 1  # other batches, other roundings
-        noise = [torch.Generator().manual_seed(i) for i in range(16)]
     assert len(list((runs / "data/cache").glob("samples-*"))) == 1
     assert not np.array_equal(models[0].embedded(2, 0), models[1].embedded(2, 0))
     assert np.array_equal(models[0].pixels(1, 0), models[1].pixels(1, 0))  # not smoothed at this NFE
