@@ -37,11 +37,16 @@ class CustomScheduler(BaseScheduler):
             exp(4t) + exp(4(1 - t)) (arXiv:2405.20320); "logit_normal", t = sigmoid(N(0, 1))
             (arXiv:2403.03206, section 3.1).
         time_grids: {NFE: [1, ..., 0]}, decreasing times for `sample`; uniform grids for NFEs not named.
-        smoothing: {NFE: sigma}, how `smooth` treats its samples; those of NFEs not named stay as they are.
+        smoothing, sharpening: {NFE: sigma}, {NFE: amount}, how `smooth` and then `sharpen` treat its samples; those of
+            NFEs not named stay as they are.
     """
 
     def _setup(
-        self, time_sampling: str = "uniform", time_grids: dict | None = None, smoothing: dict | None = None
+        self,
+        time_sampling: str = "uniform",
+        time_grids: dict | None = None,
+        smoothing: dict | None = None,
+        sharpening: dict | None = None,
     ) -> None:
         if self.num_train_timesteps <= 0:
             raise UserError(f"num_train_timesteps must be positive, got {self.num_train_timesteps}")
@@ -53,10 +58,8 @@ class CustomScheduler(BaseScheduler):
             falling = all(a > b for a, b in zip(grid, grid[1:], strict=False))
             if len(grid) != nfe + 1 or grid[0] != 1 or grid[-1] != 0 or not falling:
                 raise UserError(f"time grid for NFE {nfe} must fall from 1 to 0 in {nfe} jumps, got {grid}")
-        self.smoothing = {int(nfe): float(sigma) for nfe, sigma in (smoothing or {}).items()}
-        for nfe, sigma in self.smoothing.items():
-            if not 0 < sigma < math.inf:
-                raise UserError(f"smoothing for NFE {nfe} must be a positive number, got {sigma}")
+        self.smoothing = strengths("smoothing", smoothing)
+        self.sharpening = strengths("sharpening", sharpening)
 
     @property
     def citations(self) -> tuple[str, ...]:
@@ -66,6 +69,7 @@ class CustomScheduler(BaseScheduler):
             *TIME_SAMPLINGS[self.time_sampling],
             *(("tong2025learning",) if self.time_grids else ()),
             *(("tomasi1998bilateral",) if self.smoothing else ()),
+            *(("gonzalez2018digital",) if self.sharpening else ()),
         )
 
     def sample_timesteps(self, batch_size: int, device: torch.device) -> Tensor:
@@ -110,9 +114,31 @@ class CustomScheduler(BaseScheduler):
             x = sum(w * one for w, one in zip(weights, near, strict=True)) / sum(weights)
         return x
 
+    def sharpen(self, x: Tensor, nfe: int) -> Tensor:
+        """Samples [B, C, H, W] of `nfe` jumps, with the contrast that few jumps lose at edges.
+
+        x + amount (x - blurred x), unsharp masking (Gonzalez and Woods, Digital Image Processing, section 3.6).
+        """
+        amount = self.sharpening.get(nfe)
+        return x if amount is None else x + amount * (x - blurred(x))
+
     def get_target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The velocity v = dx_t/dt = eps - x, the same at every t."""
         return noise - data
+
+
+def strengths(name: str, given: dict | None) -> dict[int, float]:
+    """A filter's strength for each NFE, of a config as JSON has it; UserError if one is not positive."""
+    found = {int(nfe): float(strength) for nfe, strength in (given or {}).items()}
+    for nfe, strength in found.items():
+        if not 0 < strength < math.inf:
+            raise UserError(f"{name} for NFE {nfe} must be a positive number, got {strength}")
+    return found
+
+
+def blurred(x: Tensor) -> Tensor:
+    """Means of the 3x3 around each pixel with weights 1, 2, 1 each way; x and result [B, C, H, W]."""
+    return F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 2, 1), 2, 1)
 
 
 class CustomGenerativeModel(BaseGenerativeModel):
@@ -207,7 +233,8 @@ class CustomGenerativeModel(BaseGenerativeModel):
                 t, t_next = x.new_full((len(x),), t), x.new_full((len(x),), t_next)
                 x = self.jump(x, t, t_next)
                 traj.append(x)
-        x = traj[-1] = self.scheduler.smooth(x, num_inference_timesteps)
+        x = self.scheduler.smooth(x, num_inference_timesteps)
+        x = traj[-1] = self.scheduler.sharpen(x, num_inference_timesteps)
         return traj if return_traj else x
 
     def _noise(self, shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
@@ -230,6 +257,7 @@ def create_custom_model(
     time_sampling: str = "uniform",
     time_grids: dict | None = None,
     smoothing: dict | None = None,
+    sharpening: dict | None = None,
     model_type: str | None = None,
     scheduler_type: str | None = None,
     **unknown,
@@ -240,7 +268,7 @@ def create_custom_model(
         objective: default "shortcut"; but "rectified_flow" for a config that turns the condition off, as
             those of the challenge's base code do. With options: "name/option=value/...".
         use_additional_condition: default: whatever the objective needs. True adds the condition anyway.
-        num_train_timesteps, time_sampling, time_grids, smoothing: see `CustomScheduler`.
+        num_train_timesteps, time_sampling, time_grids, smoothing, sharpening: see `CustomScheduler`.
         unet: "full" is the challenge's; "small" is for tests and experiments.
         image_size: 64, or 32 for experiments.
         model_type, scheduler_type: accepted and ignored; every saved config carries them.
@@ -258,6 +286,6 @@ def create_custom_model(
         raise UserError(f"the objective {objective} needs the extra condition, but use_additional_condition is false")
 
     network = UNet(**UNETS[unet], use_additional_condition=needed or bool(use_additional_condition))
-    settings = {"time_sampling": time_sampling, "time_grids": time_grids, "smoothing": smoothing}
-    scheduler = CustomScheduler(num_train_timesteps, **settings)
+    filters = {"smoothing": smoothing, "sharpening": sharpening}
+    scheduler = CustomScheduler(num_train_timesteps, time_sampling=time_sampling, time_grids=time_grids, **filters)
     return CustomGenerativeModel(network, scheduler, objective=objective, image_size=image_size).to(device)

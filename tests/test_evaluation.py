@@ -14,12 +14,12 @@ from PIL import Image
 from pytorch_fid import fid_score, inception
 from toy import GaussianField
 
-from custom_model import CustomGenerativeModel, CustomScheduler, create_custom_model
+from custom_model import CustomGenerativeModel, CustomScheduler, blurred, create_custom_model
 from dataset import SimpsonsDataModule
 from src.evaluation import features as room
 from src.evaluation.distances import frechet_distance
 from src.evaluation.reference import write_reference
-from src.evaluation.sampler import save_chosen, search_grid, search_smoothing
+from src.evaluation.sampler import save_chosen, search_grid, search_sharpening, search_smoothing
 from src.evaluation.scoring import Scorer
 from src.images import to_pixels
 from src.objectives import make_objective
@@ -78,7 +78,24 @@ def test_smoothing_is_searched_where_there_is_grain():
         assert not model.scheduler.smoothing  # the model itself is left as it was
 
 
-def test_smoothing_command_writes_what_sampling_reads(workdir, faces, randomised, script_env):
+def test_sharpening_is_searched_where_detail_is_lost():
+    """Samples that are half a blurred form of the images take some, after the model's own smoothing; images take none."""
+    network = Blocks(0.0)
+    model = CustomGenerativeModel(network, CustomScheduler(), objective="rectified_flow", image_size=16)
+    pixels = np.stack([np.asarray(tensor_to_pil_image(network.image))] * 3)
+    found = search_sharpening(model, 1, pixels, count=8)
+    assert min(found, key=found.get) == 0
+    network.image.copy_((network.image + blurred(network.image[None])[0]) / 2)
+    found = search_sharpening(model, 1, pixels, count=8)
+    best = min(found, key=found.get)
+    assert best > 0 and found[best] < 0.05 < found[0.0]
+    model.scheduler = CustomScheduler(smoothing={1: 10.0}, sharpening={1: 0.1})
+    smoothed = search_sharpening(model, 1, pixels, count=8)
+    assert smoothed[0.0] > 1.5 * found[0.0]
+    assert model.scheduler.sharpening == {1: 0.1}  # the model itself is left as it was
+
+
+def test_filter_commands_write_what_sampling_reads(workdir, faces, randomised, script_env):
     model = randomised(create_custom_model(unet="small", image_size=32, objective="rectified_flow"))
     config = {"unet": "small", "image_size": 32, "objective": "rectified_flow", "smoothing": {"3": 0.5}}
     save_model(model, "run/model.pt", config, provenance={"citations": ["liu2023flow"]})
@@ -93,6 +110,15 @@ def test_smoothing_command_writes_what_sampling_reads(workdir, faces, randomised
     assert bad.returncode == 1 and "at least 1, got NFE 0" in bad.stderr and "Traceback" not in bad.stderr
     cited = torch.load("smooth/model.pt", weights_only=True)["provenance"]["citations"]
     assert cited == ["liu2023flow", "tomasi1998bilateral"]
+    save_model(model, "blurred/model.pt", {**config, "smoothing": {"2": 10.0}}, provenance={})
+    command[3:5] = "sharpening", "--checkpoint"
+    command[5] = "blurred/model.pt"
+    result = subprocess.run(command, cwd=workdir, env=script_env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    loaded = load_model("smooth/model.pt", create_custom_model)
+    assert loaded.scheduler.smoothing == {2: 10.0} and loaded.scheduler.sharpening[2] > 0
+    cited = torch.load("smooth/model.pt", weights_only=True)["provenance"]["citations"]
+    assert cited == ["gonzalez2018digital"]
 
 
 def test_what_the_search_found_no_use_for_is_unset(workdir, randomised):

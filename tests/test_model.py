@@ -95,15 +95,29 @@ def test_smoothing_takes_grain_from_even_areas_and_leaves_edges():
         CustomScheduler(smoothing={"2": 0})
 
 
-def test_samples_are_smoothed_as_the_config_says(randomised):
+def test_sharpening_raises_edges_and_leaves_even_areas():
+    scheduler = CustomScheduler(sharpening={"2": 0.5})
+    step = torch.zeros(1, 3, 8, 8)
+    step[..., 4:] = 1.0
+    sharp = scheduler.sharpen(step, 2)
+    # The blur, weights 1/4, 1/2, 1/4, makes 0 and 1 at the edge 1/4 and 3/4: half of that difference goes on top.
+    torch.testing.assert_close(sharp[0, 0, 0], torch.tensor([0, 0, 0, -0.125, 1.125, 1, 1, 1]))
+    torch.testing.assert_close(sharp, sharp[..., :1, :].expand_as(sharp))  # edges of the image too
+    assert torch.equal(scheduler.sharpen(step, 1), step)  # an NFE that is not named
+    with pytest.raises(UserError, match="sharpening for NFE 2 must be a positive number, got -1.0"):
+        CustomScheduler(sharpening={"2": -1})
+    assert "gonzalez2018digital" in scheduler.citations
+
+
+def test_samples_are_filtered_as_the_config_says(randomised):
     model = randomised(create_custom_model(unet="small", image_size=32))
     noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     plain = model.sample(noise.shape, 2, return_traj=True, noise=noise)
-    model.scheduler = CustomScheduler(smoothing={2: 0.1})
-    smooth = model.sample(noise.shape, 2, return_traj=True, noise=noise)
-    assert torch.equal(smooth[1], plain[1]) and not torch.equal(smooth[2], plain[2])
-    assert torch.equal(smooth[2], model.scheduler.smooth(plain[2], 2))
-    assert torch.equal(model.sample(noise.shape, 2, noise=noise), smooth[2])
+    model.scheduler = CustomScheduler(smoothing={2: 0.1}, sharpening={2: 0.5})
+    filtered = model.sample(noise.shape, 2, return_traj=True, noise=noise)
+    assert torch.equal(filtered[1], plain[1]) and not torch.equal(filtered[2], plain[2])
+    assert torch.equal(filtered[2], model.scheduler.sharpen(model.scheduler.smooth(plain[2], 2), 2))
+    assert torch.equal(model.sample(noise.shape, 2, noise=noise), filtered[2])
 
 
 def test_a_flow_without_jumps_is_asked_for_the_velocity_even_with_a_condition():

@@ -169,8 +169,8 @@ def test_report_is_whole_reproducible_and_reads_without_a_network(runs, faces, t
     assert f"{content['nfe']['1']['ratio']:.2f}" in page
 
 
-def test_models_that_differ_in_smoothing_alone_share_their_samples(runs, tiny_network):
-    settings = {"unet": "small", "image_size": 32, "smoothing": {"2": 0.1}}
+def test_models_that_differ_in_filters_alone_share_their_samples(runs, tiny_network):
+    settings = {"unet": "small", "image_size": 32, "smoothing": {"2": 0.1}, "sharpening": {"2": 0.5}}
     plain = runs / "run1/final_model.pt"
     save_model(load_model(plain, create_custom_model), runs / "smooth/final_model.pt", settings)
     features, device = load_features(tiny_network, torch.device("cpu")), torch.device("cpu")
@@ -182,7 +182,7 @@ def test_models_that_differ_in_smoothing_alone_share_their_samples(runs, tiny_ne
         assert np.abs(model.pixels(2, 0).astype(int) - expected).max() <= 1  # other batches, other roundings
     assert len(list((runs / "data/cache").glob("samples-*"))) == 1
     assert not np.array_equal(models[0].embedded(2, 0), models[1].embedded(2, 0))
-    assert np.array_equal(models[0].pixels(1, 0), models[1].pixels(1, 0))  # not smoothed at this NFE
+    assert np.array_equal(models[0].pixels(1, 0), models[1].pixels(1, 0))  # not filtered at this NFE
 
     low = Model(plain, features, device, 16, bf16=True)
     apart = np.abs(low.pixels(2, 0).astype(int) - models[0].pixels(2, 0))

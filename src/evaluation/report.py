@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +47,7 @@ SWEEP = (1, 2, 3, 4, 5, 8, 10, 20, 50, 100, 250)
 class Model:
     """A checkpoint's samples and their features, each made once and kept in data/cache.
 
-    Samples are kept as they are before smoothing, so that models which differ in it alone share them.
+    Samples are kept as they are before smoothing and sharpening, so that models which differ in these alone share them.
 
     Args:
         count: samples of one set; set `seed` starts from noise seeds seed * 1,000,000 and on.
@@ -57,7 +59,7 @@ class Model:
         self.net.network.to(memory_format=torch.channels_last)  # samples an eighth faster on CPUs, too
         self.features, self.device, self.count, self.bf16 = features, device, count, bf16
         config = json.loads(Path(checkpoint).with_name("model_config.json").read_text())
-        for name in ("smoothing", "objective"):  # a checkpoint tells its own objective
+        for name in ("smoothing", "sharpening", "objective"):  # a checkpoint tells its own objective
             config.pop(name, None)
         digest = hashlib.sha256(json.dumps([config, bf16], sort_keys=True).encode())
         digest.update(repr(self.net.objective).encode())  # it says what jumps are asked for
@@ -73,21 +75,30 @@ class Model:
         scheduler = self.net.scheduler
 
         def draw() -> np.ndarray:
-            smoothing, scheduler.smoothing = scheduler.smoothing, {}
-            try:
-                with self.autocast():
-                    return draw_samples(self.net, nfe, seed * 1_000_000, self.count).numpy()
-            finally:
-                scheduler.smoothing = smoothing
+            with unfiltered(scheduler), self.autocast():
+                return draw_samples(self.net, nfe, seed * 1_000_000, self.count).numpy()
 
         samples = torch.from_numpy(cached_array(f"samples-{self.key}-{nfe}-{seed}-{self.count}", draw))
-        return np.concatenate([_images(scheduler.smooth(some, nfe)) for some in samples.split(64)])
+        filtered = (scheduler.sharpen(scheduler.smooth(some, nfe), nfe) for some in samples.split(64))
+        return np.concatenate([_images(some) for some in filtered])
 
     def embedded(self, nfe: int, seed: int) -> np.ndarray:
         """Features [count, D]."""
-        smoothing = self.net.scheduler.smoothing.get(nfe, 0)
-        name = f"features-{self.features.key[:16]}-{self.key}-{nfe}-{smoothing:g}-{seed}-{self.count}"
+        scheduler = self.net.scheduler
+        filters = f"{scheduler.smoothing.get(nfe, 0):g}-{scheduler.sharpening.get(nfe, 0):g}"
+        name = f"features-{self.features.key[:16]}-{self.key}-{nfe}-{filters}-{seed}-{self.count}"
         return cached_array(name, lambda: image_features(self.pixels(nfe, seed), self.features, self.device))
+
+
+@contextmanager
+def unfiltered(scheduler) -> Iterator[None]:
+    """Sample as the network draws, neither smoothed nor sharpened."""
+    filters = scheduler.smoothing, scheduler.sharpening
+    scheduler.smoothing, scheduler.sharpening = {}, {}
+    try:
+        yield
+    finally:
+        scheduler.smoothing, scheduler.sharpening = filters
 
 
 def flattened(pixels: np.ndarray) -> np.ndarray:
@@ -146,7 +157,7 @@ def report(args) -> None:
         "size": size,
         "picture seed": args.seed,
         "provenance": read_checkpoint(args.checkpoint).get("provenance", {}),
-        "sampler": {"time_grids": model.net.scheduler.time_grids, "smoothing": model.net.scheduler.smoothing},
+        "sampler": {name: getattr(model.net.scheduler, name) for name in ("time_grids", "smoothing", "sharpening")},
         "bf16": args.bf16,
         "samples": args.samples,
         "sampling seeds": args.seeds,

@@ -1,4 +1,4 @@
-"""What a sampler may choose for a frozen model: its times (after Tong et al., arXiv:2405.15506), and how it smooths."""
+"""What a sampler may choose for a frozen model: its times (after Tong et al., arXiv:2405.15506), and its filters."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from tqdm import tqdm
 
-from custom_model import create_custom_model
+from custom_model import blurred, create_custom_model
 from src.evaluation.scoring import draw_samples, evenly
 from src.images import read_rgb, split_paths, to_pixels
 from src.objectives import make_objective
@@ -19,6 +19,7 @@ from src.utils import UserError, load_model, objective_of, read_checkpoint, save
 
 REFERENCE_STEPS = 64  # Euler steps to the ends that few steps should reach as well
 SIGMAS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)  # of smoothing, in 8-bit levels
+AMOUNTS = tuple(round(0.05 * i, 2) for i in range(41))  # of sharpening
 MOST_IMAGES = 1000  # of the training images, evenly spaced: their pixels' differences are sorted in memory
 
 
@@ -100,16 +101,56 @@ def search_smoothing(model, nfe: int, pixels: np.ndarray, count: int = 128, seed
     return found
 
 
-def choose_smoothing(
-    checkpoint: Path, out: Path, nfes: list[int], count: int, seed: int, data: tuple[str, str], device: torch.device
-) -> None:
-    """Write a checkpoint's weights to `out`, with a config of the smoothing that suits its samples at each NFE.
+def detail(pixels: np.ndarray) -> float:
+    """Root mean square of what unsharp masking adds to images, uint8 [N, H, W, 3]."""
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+    return (x - blurred(x)).square().mean().sqrt().item()
+
+
+def search_sharpening(model, nfe: int, pixels: np.ndarray, count: int = 128, seed: int = 0) -> dict[float, float]:
+    """How far the `detail` of `count` samples, smoothed as the model does and then sharpened, is from real images'.
 
     Args:
+        pixels: training images, uint8 [N, H, W, 3].
+    Returns: the logarithm of their ratio, without its sign, for each amount, 0 for samples as they are.
+    """
+    model = copy.deepcopy(model)
+    model.scheduler.sharpening.clear()
+    samples = draw_samples(model, nfe, seed, count)
+    wanted, found = detail(pixels), {}
+    for amount in AMOUNTS:
+        model.scheduler.sharpening = {nfe: amount} if amount else {}
+        images = tensor_to_pil_image(model.scheduler.sharpen(samples, nfe))
+        found[amount] = abs(math.log(detail(np.stack([np.asarray(image) for image in images])) / wanted))
+    return found
+
+
+# What a filter's strength is called, how it is searched, and the key of references.bib for the filter.
+FILTERS = {
+    "smoothing": ("sigma", search_smoothing, "tomasi1998bilateral"),
+    "sharpening": ("amount", search_sharpening, "gonzalez2018digital"),
+}
+
+
+def choose_filter(
+    name: str,
+    checkpoint: Path,
+    out: Path,
+    nfes: list[int],
+    count: int,
+    seed: int,
+    data: tuple[str, str],
+    device: torch.device,
+) -> None:
+    """Write a checkpoint's weights to `out`, with a config of the filter that suits its samples at each NFE.
+
+    Args:
+        name: one of `FILTERS`.
         data: folder of the images, and of the split files.
     """
+    strength, search, citation = FILTERS[name]
     if min(nfes) < 1 or count < 1:
-        raise UserError(f"smoothing takes NFEs and samples of at least 1, got NFE {min(nfes)} and {count} samples")
+        raise UserError(f"{name} takes NFEs and samples of at least 1, got NFE {min(nfes)} and {count} samples")
     model = load_model(checkpoint, create_custom_model, device)
     resized = to_pixels(model.image_size)
     paths = split_paths(data[0], "train", data[1])
@@ -118,11 +159,11 @@ def choose_smoothing(
     pixels = np.stack([np.asarray(image) for image in images])
     chosen = {}
     for nfe in nfes:
-        found = search_smoothing(model, nfe, pixels, count, seed)
+        found = search(model, nfe, pixels, count, seed)
         best = min(found, key=found.get)
         chosen[str(nfe)] = best or None
-        print(f"NFE {nfe}: sigma {best:g}, distance of neighbours {found[best]:.4f}, unsmoothed {found[0.0]:.4f}")
-    save_chosen(model, checkpoint, out, ("tomasi1998bilateral",), smoothing=chosen)
+        print(f"NFE {nfe}: {strength} {best:g}, distance {found[best]:.4f}, without {found[0.0]:.4f}")
+    save_chosen(model, checkpoint, out, (citation,), **{name: chosen})
 
 
 def choose_grids(checkpoint: Path, out: Path, nfes: list[int], count: int, seed: int, device: torch.device) -> None:
