@@ -79,7 +79,7 @@ def test_smoothing_is_searched_where_there_is_grain():
 
 
 def test_sharpening_is_searched_where_detail_is_lost():
-    """Samples that are half a blurred form of the images take some, after the model's own smoothing; images take none."""
+    """Images take none; samples that are half a blurred form of them take some, after the model's own smoothing."""
     network = Blocks(0.0)
     model = CustomGenerativeModel(network, CustomScheduler(), objective="rectified_flow", image_size=16)
     pixels = np.stack([np.asarray(tensor_to_pil_image(network.image))] * 3)
