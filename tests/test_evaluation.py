@@ -76,6 +76,8 @@ def test_smoothing_is_searched_where_there_is_grain():
         best = min(found, key=found.get)
         assert (best > 0 and found[best] < 0.5 * found[0.0]) if grain else (best == 0 and found[0.0] < 0.01)
         assert not model.scheduler.smoothing  # the model itself is left as it was
+        model.scheduler = CustomScheduler(sharpening={1: 0.5})
+        assert search_smoothing(model, 1, pixels, count=8) == found  # sharpening comes after it
 
 
 def test_sharpening_is_searched_where_detail_is_lost():

@@ -91,6 +91,7 @@ def search_smoothing(model, nfe: int, pixels: np.ndarray, count: int = 128, seed
     """
     model = copy.deepcopy(model)
     model.scheduler.smoothing.clear()
+    model.scheduler.sharpening.clear()  # which comes after smoothing
     samples = draw_samples(model, nfe, seed, count)
     wanted, found = neighbour_differences(pixels), {}
     for sigma in (0.0, *(round(level / 127.5, 4) for level in SIGMAS)):
