@@ -122,6 +122,10 @@ class CustomScheduler(BaseScheduler):
         amount = self.sharpening.get(nfe)
         return x if amount is None else x + amount * (x - blurred(x))
 
+    def filtered(self, x: Tensor, nfe: int) -> Tensor:
+        """Samples [B, C, H, W] of `nfe` jumps, smoothed and then sharpened."""
+        return self.sharpen(self.smooth(x, nfe), nfe)
+
     def get_target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The velocity v = dx_t/dt = eps - x, the same at every t."""
         return noise - data
@@ -233,8 +237,7 @@ class CustomGenerativeModel(BaseGenerativeModel):
                 t, t_next = x.new_full((len(x),), t), x.new_full((len(x),), t_next)
                 x = self.jump(x, t, t_next)
                 traj.append(x)
-        x = self.scheduler.smooth(x, num_inference_timesteps)
-        x = traj[-1] = self.scheduler.sharpen(x, num_inference_timesteps)
+        x = traj[-1] = self.scheduler.filtered(x, num_inference_timesteps)
         return traj if return_traj else x
 
     def _noise(self, shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None) -> Tensor:

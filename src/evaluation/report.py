@@ -79,8 +79,7 @@ class Model:
                 return draw_samples(self.net, nfe, seed * 1_000_000, self.count).numpy()
 
         samples = torch.from_numpy(cached_array(f"samples-{self.key}-{nfe}-{seed}-{self.count}", draw))
-        filtered = (scheduler.sharpen(scheduler.smooth(some, nfe), nfe) for some in samples.split(64))
-        return np.concatenate([_images(some) for some in filtered])
+        return np.concatenate([_images(scheduler.filtered(some, nfe)) for some in samples.split(64)])
 
     def embedded(self, nfe: int, seed: int) -> np.ndarray:
         """Features [count, D]."""
