@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from toy import one_stage
 import train as train_py
 from custom_model import create_custom_model
 from src.images import to_pixels
+from src.module import AttnBlock, ResBlock
 from src.objectives import make_objective, parse_stages
 from src.objectives.contract import Nets
+from src.training import engine, fusing
 from src.training.data import batch_indices, load_images, to_batch
 from src.training.distributed import World
 from src.training.ema import EMA, gamma_of
@@ -300,6 +303,35 @@ def test_without_a_compiler_training_goes_on_uncompiled(monkeypatch, capsys):
     monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     assert not compiles.__wrapped__(torch.device("cpu"))
     assert "torch.compile does not work here" in capsys.readouterr().err
+
+
+def test_compiling_can_be_turned_off(monkeypatch):
+    monkeypatch.setattr(engine, "compiles", lambda device: True)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    assert engine.can_compile(torch.device("cuda")) and not engine.can_compile(torch.device("cpu"))
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert not engine.can_compile(torch.device("cuda"))
+
+
+def test_a_fused_network_is_the_same_function_and_so_are_its_copies(randomised):
+    plain = randomised(create_custom_model(unet="small", image_size=32, use_additional_condition=True)).eval()
+    fused = copy.deepcopy(plain)
+    fusing.fuse(fused)
+    other = randomised(copy.deepcopy(fused), 1)  # as a teacher is of a student
+    restored = copy.deepcopy(other)
+    restored.load_state_dict(plain.state_dict())
+    kinds = Counter(type(part) for part in restored.modules())
+    assert kinds[fusing.NormFirst] == 2 * kinds[ResBlock] + 1 and kinds[fusing.FlashAttention] and not kinds[AttnBlock]
+    x, t, d = torch.randn(3, 3, 32, 32), torch.rand(3), torch.rand(3) / 2
+    results = []
+    for model in (plain, fused, restored):
+        y = model.predict(x.requires_grad_(True), t, d)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])])
+    assert not torch.allclose(other.predict(x, t, d), results[0][0], atol=1e-2)
+    scale = max(a.abs().max().item() for a in results[0][2:])  # some gradients are zero but for rounding
+    for found in results[1:]:
+        for a, b in zip(results[0], found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=max(1e-4 * a.abs().max().item(), 1e-6 * scale))
 
 
 def test_scores_are_logged_and_the_best_model_kept(small_run):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from src.objectives.contract import Nets, eval_mode
 from src.objectives.regression import JumpRegression, adaptive
@@ -54,8 +55,8 @@ class MeanFlow(JumpRegression):
         with eval_mode(student), torch.autocast(x_t.device.type, enabled=False):
             along = student.predict(x_t, t, torch.zeros_like(d)) if self.improved else v
             ones = torch.ones_like(t)
-            # Forward-mode differentiation does not compile.
-            with torch.compiler.set_stance("force_eager"), without_tf32():
+            # Forward-mode differentiation does not compile, nor does fused attention have it.
+            with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), without_tf32():
                 _, slope = torch.func.jvp(student.predict, (x_t, t, d), (along, ones, ones))
         return v - expand_t(d, x_t) * slope
 

@@ -51,7 +51,8 @@ def roll_out(model, noise: Tensor, nfe: Tensor, position: Tensor) -> tuple[Tenso
 def sample_through(model, noise: Tensor, nfe: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sample from `noise` in `nfe` jumps, row by row, with the gradient through all of them (arXiv:2309.17400, eq. 2).
 
-    An eighth of the rows at once, so that network calls have one size where each eighth has the same NFEs.
+    A compiled network gets an eighth of the rows at once, so that its calls have one size where each eighth has the
+    same NFEs; any other gets all rows that go on, for a GPU would wait for the many calls' Python.
 
     Args:
         noise: [B, ...].
@@ -62,9 +63,10 @@ def sample_through(model, noise: Tensor, nfe: Tensor, position: Tensor) -> tuple
     times = sampler_times(model.scheduler, nfe).to(noise.device, non_blocking=True)
     x, x_t, u = noise.clone(), torch.zeros_like(noise), torch.zeros_like(noise)
     x.requires_grad_(torch.is_grad_enabled())  # as it does after a jump: or the first would be another program
+    at_once = len(nfe) if model.network._compiled_call_impl is None else max(1, len(nfe) // 8)
     with eval_mode(model):
         for i in range(int(nfe.max())):
-            for going in (nfe > i).nonzero().squeeze(1).split(max(1, len(nfe) // 8)):
+            for going in (nfe > i).nonzero().squeeze(1).split(at_once):
                 rows = going.to(noise.device, non_blocking=True)
                 before, t, s = x[rows], times[rows, i], times[rows, i + 1]
                 velocity = model.velocity(before, t, s)

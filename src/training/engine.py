@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ from src.training.checkpoints import best_score, clear_leftovers, load_last, sav
 from src.training.data import batch_indices, to_batch
 from src.training.distributed import World
 from src.training.ema import EMA, PowerEMA
+from src.training.fusing import fuse
 from src.training.pairs import load_pairs
 from src.training.record import Metrics, RunRecord, early_preview, environment, plot_curves, save_previews
 from src.utils import UserError, save_model, write_json
@@ -186,8 +188,9 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether to compile for the device: a GPU, and a trial shows that all that torch.compile needs is there."""
-    return device.type == "cuda" and compiles(device)
+    """Whether to compile for the device: a GPU, TORCHDYNAMO_DISABLE=1 does not forbid it, and a trial shows that all
+    that torch.compile needs is there."""
+    return device.type == "cuda" and os.environ.get("TORCHDYNAMO_DISABLE") != "1" and compiles(device)
 
 
 @cache
@@ -293,24 +296,26 @@ class Training:
         self.model, self.recipe, self.stages, self.world = model.train(), recipe, stages, world
         self.bf16 = has_bf16(model.device)
         self.images = torch.from_numpy(images).to(model.device)
-        on_gpu = model.device.type == "cuda"
-        if on_gpu:  # training on CPUs is slower with it
+        self.on_gpu, self.compiling = model.device.type == "cuda", can_compile(model.device)
+        if self.on_gpu:  # training on CPUs is slower with it
             model.network.to(memory_format=torch.channels_last)
-            torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")  # TF32, as convolutions: what is not in bfloat16 gets by with it
-        self.compiling = can_compile(model.device)
         if self.compiling:  # one network's code runs as student, average, teacher, critic, with and without gradient
             torch._dynamo.config.cache_size_limit = 64
+            torch.backends.cudnn.benchmark = True  # a search of up to a minute: for those who have the time to compile
         self.ema, self.power_ema = EMA(model, recipe.ema_decay), PowerEMA(model)
-        self._compile(model.network, self.ema.model.network)
+        self._speed_up(model.network, self.ema.model.network)
         self.started_from = model.objective
         self.steps, self.lr = 0, 0.0
         self._begin(0)
 
-    def _compile(self, *modules: nn.Module) -> None:
-        if self.compiling:  # in place: state-dict keys stay
-            for module in modules:  # every shape of a step is fixed
-                module.compile(dynamic=False)
+    def _speed_up(self, *modules: nn.Module) -> None:
+        """On a GPU, in place: state-dict keys stay."""
+        for module in modules:
+            if self.compiling:
+                module.compile(dynamic=False)  # every shape of a step is fixed
+            elif self.on_gpu:
+                fuse(module)
 
     def _begin(self, index: int) -> None:
         """Set up the stage of this index, around the weights that the model has."""
@@ -321,11 +326,11 @@ class Training:
         if objective.needs_teacher:
             model.objective = self.stages[index - 1].objective if index else self.started_from
             teacher = copy.deepcopy(model).eval().requires_grad_(False)
-            self._compile(teacher.network)
+            self._speed_up(teacher.network)
         if objective.critic_steps:
             seed_step(recipe.seed, self.first_step, CRITIC)
             critic = objective.make_critic(model, self.images.shape[1:]).to(model.device)
-            self._compile(critic.network if hasattr(critic, "predict") else critic)
+            self._speed_up(critic.network if hasattr(critic, "predict") else critic)
         model.objective = self.ema.model.objective = objective
         self.nets = Nets(model, self.ema.model, teacher, critic)
         self.optimizer = self._optimizer(model, recipe.weight_decay)
