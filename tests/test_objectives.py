@@ -429,8 +429,11 @@ def test_the_gradient_goes_through_all_jumps(randomised):
         torch.testing.assert_close(x[i], state[0], rtol=1e-4, atol=1e-4)
         total = total + state.square().sum()
     total.backward()
+    scale = max(p.grad.abs().max().item() for p in model.parameters())  # some are zero but for rounding
     for gradient, p in zip(gradients, model.parameters(), strict=True):
-        torch.testing.assert_close(gradient, p.grad, rtol=1e-3, atol=1e-3 * p.grad.abs().max().item())
+        torch.testing.assert_close(
+            gradient, p.grad, rtol=1e-3, atol=max(1e-3 * p.grad.abs().max().item(), 1e-6 * scale)
+        )
     assert not x_t.requires_grad and u.requires_grad
 
 
