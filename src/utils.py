@@ -89,6 +89,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 natively."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def get_current_time() -> str:
     """Now, as the challenge names its result folders: MM-DD-HHMMSS."""
     return datetime.now().strftime("%m-%d-%H%M%S")

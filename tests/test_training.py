@@ -26,10 +26,10 @@ from src.training import engine, fusing
 from src.training.data import batch_indices, load_images, to_batch
 from src.training.distributed import World
 from src.training.ema import EMA, gamma_of
-from src.training.engine import Loss, Recipe, accumulate_gradient, compiles, has_bf16, plan, train
+from src.training.engine import Loss, Recipe, accumulate_gradient, compiles, plan, train
 from src.training.estimate import estimate
 from src.training.record import plot_curves
-from src.utils import UserError, load_model, save_model, tensor_to_pil_image
+from src.utils import UserError, has_bf16, load_model, save_model, tensor_to_pil_image
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--unet", "small", "--image_size", "32", "--device", "cpu", "--batch_size", "8", "--warmup", "2"]

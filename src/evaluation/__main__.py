@@ -51,7 +51,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--features", help=FEATURES)
     parser.add_argument("--samples", type=int, default=1000, help="for each NFE and sampling seed")
     parser.add_argument("--seeds", type=int, default=3, help="sampling seeds")
-    parser.add_argument("--bf16", action="store_true", help="sample in bfloat16: half the time if the chip has it")
+    parser.add_argument("--bf16", action="store_true", help="sample in bfloat16 where the chip has it: half the time")
     parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
 
 

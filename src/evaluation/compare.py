@@ -78,6 +78,7 @@ def write_comparison(checkpoints: dict[str, Path], args: argparse.Namespace) -> 
     device = pick_device(args.device)
     features = load_features(args.features or official_inception(), device)
     models = {name: Model(str(path), features, device, args.samples, args.bf16) for name, path in checkpoints.items()}
+    first = next(iter(models.values()))
     sizes = {model.net.image_size for model in models.values()}
     if len(sizes) > 1:
         raise UserError(f"the models make images of different sizes ({sorted(sizes)}): they cannot be compared")
@@ -85,7 +86,7 @@ def write_comparison(checkpoints: dict[str, Path], args: argparse.Namespace) -> 
     source = args.data_root, args.split_dir
     real = Data(*source, "val", size, features, device).features
     floor = frechet_distance(Data(*source, "train", size, features, device, most=args.samples).features, real)
-    content = {"distance": features.distance, "samples": args.samples, "seeds": args.seeds, "bf16": args.bf16}
+    content = {"distance": features.distance, "samples": args.samples, "seeds": args.seeds, "bf16": first.bf16}
     content |= {"floor": floor, "nfe": {}}
     for nfe in tqdm(sorted(set(args.nfe)), desc="NFE"):
         found = {
@@ -93,7 +94,7 @@ def write_comparison(checkpoints: dict[str, Path], args: argparse.Namespace) -> 
             for name, model in models.items()
         }
         rows = content["nfe"][str(nfe)] = differences(found)
-        base = next(iter(models.values())).pixels(nfe, 0).astype(np.float32)
+        base = first.pixels(nfe, 0).astype(np.float32)
         for name, model in models.items():
             rows[name]["pixels"] = float(np.abs(model.pixels(nfe, 0) - base).mean())
 

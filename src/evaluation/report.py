@@ -22,6 +22,7 @@ from src.utils import (
     NFES,
     UserError,
     cached_array,
+    has_bf16,
     labelled_grid,
     load_model,
     pick_device,
@@ -51,17 +52,17 @@ class Model:
 
     Args:
         count: samples of one set; set `seed` starts from noise seeds seed * 1,000,000 and on.
-        bf16: sample in bfloat16.
+        bf16: sample in bfloat16 where the chip computes in it; elsewhere that takes many times as long as float32.
     """
 
     def __init__(self, checkpoint: str, features: Features, device: torch.device, count: int, bf16: bool = False):
         self.net = load_model(checkpoint, create_custom_model, device)
         self.net.network.to(memory_format=torch.channels_last)  # samples an eighth faster on CPUs, too
-        self.features, self.device, self.count, self.bf16 = features, device, count, bf16
+        self.features, self.device, self.count, self.bf16 = features, device, count, bf16 and has_bf16(device)
         config = json.loads(Path(checkpoint).with_name("model_config.json").read_text())
         for name in ("smoothing", "sharpening", "objective"):  # a checkpoint tells its own objective
             config.pop(name, None)
-        digest = hashlib.sha256(json.dumps([config, bf16], sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([config, self.bf16], sort_keys=True).encode())
         digest.update(repr(self.net.objective).encode())  # it says what jumps are asked for
         digest.update(weights_hash(self.net).encode())
         self.key = digest.hexdigest()[:16]
@@ -157,7 +158,7 @@ def report(args) -> None:
         "picture seed": args.seed,
         "provenance": read_checkpoint(args.checkpoint).get("provenance", {}),
         "sampler": {name: getattr(model.net.scheduler, name) for name in ("time_grids", "smoothing", "sharpening")},
-        "bf16": args.bf16,
+        "bf16": model.bf16,
         "samples": args.samples,
         "sampling seeds": args.seeds,
         "training images": len(train.pixels),

@@ -27,7 +27,7 @@ from src.training.ema import EMA, PowerEMA
 from src.training.fusing import fuse
 from src.training.pairs import load_pairs
 from src.training.record import Metrics, RunRecord, early_preview, environment, plot_curves, save_previews
-from src.utils import UserError, save_model, write_json
+from src.utils import UserError, has_bf16, save_model, write_json
 
 
 @dataclass
@@ -178,13 +178,6 @@ class Loss(nn.Module):
     def forward(self, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]):
         loss, nets = self.call
         return loss(nets, data, noise, progress, draw)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 natively."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def can_compile(device: torch.device) -> bool:
