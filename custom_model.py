@@ -5,6 +5,7 @@ u(x_t, t, d), the mean velocity from t down to t - d, with d as the U-Net's extr
 differ only in their loss on u (`src/objectives/`); one sampler walks any grid of times with one call a jump.
 """
 
+import itertools
 import math
 
 import torch
@@ -24,6 +25,7 @@ UNETS = {
     "small": dict(ch=32, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=1, dropout=0.1),
 }
 IMAGE_SIZES = (64, 32)
+SMOOTHED = 4  # how far, in pixels each way, a smoothed pixel looks
 # Densities of the training times, and the keys of references.bib for those of others.
 TIME_SAMPLINGS = {"uniform": (), "u_shaped": ("lee2024improving",), "logit_normal": ("esser2024scaling",)}
 
@@ -99,7 +101,7 @@ class CustomScheduler(BaseScheduler):
     def smooth(self, x: Tensor, nfe: int) -> Tensor:
         """Samples [B, C, H, W] of `nfe` jumps, without the grain that few jumps leave in even areas.
 
-        Twice, a pixel becomes the mean of the 3x3 around it, weighed by exp(-difference^2 / (2 sigma^2)), the squared
+        Twice, a pixel becomes the mean of the 9x9 around it, weighed by exp(-difference^2 / (2 sigma^2)), the squared
         difference a mean over channels; this leaves edges alone. It is the bilateral filter of Tomasi and Manduchi
         (ICCV 1998) with a flat window. sigma is in units of x, whose range is about [-1, 1].
         """
@@ -108,10 +110,13 @@ class CustomScheduler(BaseScheduler):
             return x
         height, width = x.shape[-2:]
         for _ in range(2):
-            padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
-            near = [padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
-            weights = [(-(one - x).square().mean(1, keepdim=True) / (2 * sigma**2)).exp() for one in near]
-            x = sum(w * one for w, one in zip(weights, near, strict=True)) / sum(weights)
+            padded = F.pad(x, (SMOOTHED,) * 4, mode="replicate")
+            total, weights = torch.zeros_like(x), torch.zeros_like(x[:, :1])
+            for i, j in itertools.product(range(2 * SMOOTHED + 1), repeat=2):  # summed up: 81 images are much memory
+                near = padded[..., i : i + height, j : j + width]
+                weight = (-(near - x).square().mean(1, keepdim=True) / (2 * sigma**2)).exp()
+                total, weights = total + weight * near, weights + weight
+            x = total / weights
         return x
 
     def sharpen(self, x: Tensor, nfe: int) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from custom_model import CustomGenerativeModel, CustomScheduler, create_custom_model
 from src.utils import UserError
@@ -89,6 +90,8 @@ def test_smoothing_takes_grain_from_even_areas_and_leaves_edges():
     smooth = scheduler.smooth(halves + grain, 2)
     assert (smooth - halves).std() < 0.4 * grain.std()
     assert (smooth - halves)[..., 7:9].std() < 0.5 * grain.std()  # a plain mean would be off by a third of the step
+    clouds = F.interpolate(grain[..., ::4, ::4], scale_factor=4, mode="bilinear")  # wider than a few pixels
+    assert (scheduler.smooth(halves + clouds, 2) - halves).std() < 0.7 * clouds.std()
     torch.testing.assert_close(scheduler.smooth(halves, 2), halves)
     assert torch.equal(scheduler.smooth(halves + grain, 1), halves + grain)  # an NFE that is not named
     with pytest.raises(UserError, match="smoothing for NFE 2 must be a positive number, got 0.0"):

@@ -185,6 +185,9 @@ def test_models_that_differ_in_filters_alone_share_their_samples(runs, tiny_netw
     assert len(list((runs / "data/cache").glob("samples-*"))) == 1
     assert not np.array_equal(models[0].embedded(2, 0), models[1].embedded(2, 0))
     assert np.array_equal(models[0].pixels(1, 0), models[1].pixels(1, 0))  # not filtered at this NFE
+    before = models[1].embedded(2, 0)
+    monkeypatch.setattr("custom_model.SMOOTHED", 1)  # a filter of another form, and of the same strength
+    assert not np.array_equal(models[1].embedded(2, 0), before)
 
     for here in (False, True):  # where the chip has no bfloat16, it would take many times as long as float32
         monkeypatch.setattr("src.evaluation.report.has_bf16", lambda device, here=here: here)

@@ -17,7 +17,7 @@ from src.evaluation.failures import copies, failure_rates, nearest, variety
 from src.evaluation.features import Features, load_features, official_inception
 from src.evaluation.intervals import at_infinity, mean_interval
 from src.evaluation.page import Figures, write_page
-from src.evaluation.scoring import Data, draw_samples, evenly, image_features
+from src.evaluation.scoring import Data, draw_samples, evenly, kept_features
 from src.utils import (
     NFES,
     UserError,
@@ -84,10 +84,7 @@ class Model:
 
     def embedded(self, nfe: int, seed: int) -> np.ndarray:
         """Features [count, D]."""
-        scheduler = self.net.scheduler
-        filters = f"{scheduler.smoothing.get(nfe, 0):g}-{scheduler.sharpening.get(nfe, 0):g}"
-        name = f"features-{self.features.key[:16]}-{self.key}-{nfe}-{filters}-{seed}-{self.count}"
-        return cached_array(name, lambda: image_features(self.pixels(nfe, seed), self.features, self.device))
+        return kept_features(self.pixels(nfe, seed), self.features, self.device)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from src.objectives import make_objective
 from src.utils import UserError, load_model, objective_of, read_checkpoint, save_model, tensor_to_pil_image
 
 REFERENCE_STEPS = 64  # Euler steps to the ends that few steps should reach as well
-SIGMAS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)  # of smoothing, in 8-bit levels
+SIGMAS = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 10, 12, 16)  # of smoothing, in 8-bit levels
 AMOUNTS = tuple(round(0.05 * i, 2) for i in range(41))  # of sharpening
 MOST_IMAGES = 1000  # of the training images, evenly spaced: their pixels' differences are sorted in memory
 

@@ -29,6 +29,12 @@ def image_features(images: Sequence[Image.Image], features: Features, device: to
     return np.concatenate(found)
 
 
+def kept_features(pixels: np.ndarray, features: Features, device: torch.device) -> np.ndarray:
+    """Features of uint8 [N, H, W, 3], [N, D], made once and kept in data/cache under the pixels' hash."""
+    digest = hashlib.sha256(features.key.encode() + pixels.tobytes()).hexdigest()[:16]
+    return cached_array(f"features-{digest}", lambda: image_features(pixels, features, device))
+
+
 def draw_samples(model, nfe: int, first_seed: int, count: int) -> Tensor:
     """Samples [count, 3, H, W] on the CPU, about [-1, 1], each from the noise of its own seed: first_seed and on."""
     at_once = 64 if model.device.type == "cuda" else 8  # a CPU's caches hold no more
@@ -73,16 +79,13 @@ class Data:
         images = [tensor_to_pil_image(pixels(read_rgb(path))) for path in tqdm(paths, desc=split, leave=False)]
         self.pixels = np.stack([np.asarray(image) for image in images])
         self.network, self.device = features, device
-        self.features = self._embedded(self.pixels)
-
-    def _embedded(self, pixels: np.ndarray) -> np.ndarray:
-        digest = hashlib.sha256(self.network.key.encode() + pixels.tobytes()).hexdigest()[:16]
-        return cached_array(f"features-{digest}", lambda: image_features(pixels, self.network, self.device))
+        self.features = kept_features(self.pixels, features, device)
 
     def either_way(self) -> tuple[np.ndarray, np.ndarray]:
         """Pixels [2N, H, W, 3] and features [2N, D] of the images and of their mirror images, which training sees."""
         mirrored = np.ascontiguousarray(self.pixels[:, :, ::-1])
-        return np.concatenate([self.pixels, mirrored]), np.concatenate([self.features, self._embedded(mirrored)])
+        features = kept_features(mirrored, self.network, self.device)
+        return np.concatenate([self.pixels, mirrored]), np.concatenate([self.features, features])
 
 
 class Scorer:
