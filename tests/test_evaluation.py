@@ -19,11 +19,13 @@ from dataset import SimpsonsDataModule
 from src.evaluation import features as room
 from src.evaluation.distances import frechet_distance
 from src.evaluation.reference import write_reference
-from src.evaluation.sampler import save_chosen, search_grid, search_sharpening, search_smoothing
+from src.evaluation.sampler import pixel_differences, save_chosen, search_grid, search_sharpening, search_smoothing
 from src.evaluation.scoring import Scorer
 from src.images import to_pixels
 from src.objectives import make_objective
 from src.utils import UserError, load_model, save_model, tensor_to_pil_image
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def random_features(count, width, seed):
@@ -60,11 +62,20 @@ class Blocks(torch.nn.Module):
     def __init__(self, grain: float):
         super().__init__()
         self.grain = torch.nn.Parameter(torch.tensor(grain))
-        colours = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
-        self.register_buffer("image", colours.repeat_interleave(4, 1).repeat_interleave(4, 2))
+        colours = torch.rand(3, 2, 2, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
+        self.register_buffer("image", colours.repeat_interleave(8, 1).repeat_interleave(8, 2))
 
     def forward(self, x, timestep):
         return x - (self.image + self.grain * x)
+
+
+def test_pixel_differences_see_shading_that_neighbours_hardly_show():
+    stripes = np.zeros((2, 32, 32, 3), np.uint8)
+    stripes[:, :, 8:16] = stripes[:, :, 24:] = 10
+    found = pixel_differences(stripes).mean(1)
+    # 3 steps in 31 pairs of a row, none in a column; 8 apart every pair of a row
+    expected = np.log(11) / 2 * np.array([3 / 31, 6 / 30, 12 / 28, 1])
+    np.testing.assert_allclose(found, expected, rtol=0.1)
 
 
 def test_smoothing_is_searched_where_there_is_grain():
@@ -97,9 +108,9 @@ def test_sharpening_is_searched_where_detail_is_lost():
     assert model.scheduler.sharpening == {1: 0.1}  # the model itself is left as it was
 
 
-def test_filter_commands_write_what_sampling_reads(workdir, faces, randomised, script_env):
-    model = randomised(create_custom_model(unet="small", image_size=32, objective="rectified_flow"))
-    config = {"unet": "small", "image_size": 32, "objective": "rectified_flow", "smoothing": {"3": 0.5}}
+def test_filter_commands_write_what_sampling_reads(workdir, faces, script_env):
+    model = load_model(ROOT / "checkpoints/small32/float16.pt", create_custom_model)
+    config = {"unet": "small", "image_size": 32, "objective": "adversarial", "smoothing": {"3": 0.5}}
     save_model(model, "run/model.pt", config, provenance={"citations": ["liu2023flow"]})
     command = [sys.executable, "-m", "src.evaluation", "smoothing", "--checkpoint", "run/model.pt", "--nfe", "2",
                "--out", "smooth", "--count", "8", "--data_root", str(faces), "--split_dir", str(faces)]  # fmt: skip
@@ -107,11 +118,11 @@ def test_filter_commands_write_what_sampling_reads(workdir, faces, randomised, s
     assert result.returncode == 0, result.stderr
     loaded = load_model("smooth/model.pt", create_custom_model)
     told = float(result.stdout.split("sigma ")[1].split(",")[0])
-    assert told > 0 and loaded.scheduler.smoothing == {3: 0.5, 2: told}  # noise has more grain than faces
+    assert told > 0 and loaded.scheduler.smoothing == {3: 0.5, 2: told}  # the test's faces have no grain
     bad = subprocess.run([*command, "--nfe", "0"], cwd=workdir, env=script_env, capture_output=True, text=True)
     assert bad.returncode == 1 and "at least 1, got NFE 0" in bad.stderr and "Traceback" not in bad.stderr
     cited = torch.load("smooth/model.pt", weights_only=True)["provenance"]["citations"]
-    assert cited == ["liu2023flow", "tomasi1998bilateral"]
+    assert cited == ["liu2023flow", "buades2005nonlocal"]
     save_model(model, "blurred/model.pt", {**config, "smoothing": {"2": 10.0}}, provenance={})
     command[3:5] = "sharpening", "--checkpoint"
     command[5] = "blurred/model.pt"

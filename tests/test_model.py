@@ -90,6 +90,8 @@ def test_smoothing_takes_grain_from_even_areas_and_leaves_edges():
     smooth = scheduler.smooth(halves + grain, 2)
     assert (smooth - halves).std() < 0.4 * grain.std()
     assert (smooth - halves)[..., 7:9].std() < 0.5 * grain.std()  # a plain mean would be off by a third of the step
+    strong = 4 * grain  # twice sigma: a pixel alone would be taken for an edge
+    assert (scheduler.smooth(halves + strong, 2) - halves).std() < 0.35 * strong.std()
     clouds = F.interpolate(grain[..., ::4, ::4], scale_factor=4, mode="bilinear")  # wider than a few pixels
     assert (scheduler.smooth(halves + clouds, 2) - halves).std() < 0.7 * clouds.std()
     torch.testing.assert_close(scheduler.smooth(halves, 2), halves)

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
 
     for name, what in (
-        ("smoothing", "smooth samples until neighbouring pixels differ as in training images"),
+        ("smoothing", "smooth samples until near pixels differ as in training images"),
         ("sharpening", "sharpen samples until they have as much fine detail as training images; after smoothing"),
     ):
         parser = command(name, partial(choose, name), what)
