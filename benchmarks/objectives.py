@@ -46,7 +46,7 @@ from src.utils import (
     write_json,
 )
 
-SEARCHED = 128  # images that a smoothing is chosen with, at most as many as are scored
+SEARCHED = 128  # images that a smoothing is chosen with
 
 # What this script tells train.py itself, and what would change how much is trained.
 OURS = """teacher device data_root split_dir unet image_size use_additional_condition num_train_timesteps num_iterations
@@ -232,8 +232,7 @@ def main() -> None:
         return {"evaluations_a_sample": cost, "samples": steps * batch_size, "hours": hours, "commits": commits}
 
     def smoothed(run: dict, final: Path, folder: Path) -> dict:
-        count = min(SEARCHED, args.samples)
-        choose_filter("smoothing", final, folder, NFES, count, 0, (args.data_root, args.split_dir), device)
+        choose_filter("smoothing", final, folder, NFES, SEARCHED, 0, (args.data_root, args.split_dir), device)
         return {key: run[key] for key in nothing}  # the search costs no training
 
     # By content, not by name: another start at the same place is another measurement.

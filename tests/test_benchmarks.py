@@ -22,7 +22,8 @@ from src.utils import UserError, load_model, save_model, write_json
 
 def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, tiny_network, randomised, monkeypatch):
     config = {"unet": "small", "image_size": 32, "objective": "rectified_flow", "use_additional_condition": True}
-    model = randomised(create_custom_model(**config))
+    # Trained: in noise a smoothing finds no edges.
+    model = load_model(Path(train_py.__file__).with_name("checkpoints") / "start32/float16.pt", create_custom_model)
     (workdir / "start").mkdir()
     (workdir / "train.py").symlink_to(train_py.__file__)
     torch.save(model.state_dict(), "start/final_model.pt")

@@ -172,7 +172,7 @@ def test_report_is_whole_reproducible_and_reads_without_a_network(runs, faces, t
 
 
 def test_models_that_differ_in_filters_alone_share_their_samples(runs, tiny_network, monkeypatch):
-    settings = {"unet": "small", "image_size": 32, "smoothing": {"2": 0.1}, "sharpening": {"2": 0.5}}
+    settings = {"unet": "small", "image_size": 32, "smoothing": {"2": 1.0}, "sharpening": {"2": 0.5}}
     plain = runs / "run1/final_model.pt"
     save_model(load_model(plain, create_custom_model), runs / "smooth/final_model.pt", settings)
     features, device = load_features(tiny_network, torch.device("cpu")), torch.device("cpu")
