@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,11 +18,11 @@ import torch
 from toy import MLP, one_stage
 
 from custom_model import CustomGenerativeModel, CustomScheduler, create_custom_model
-from src.training.__main__ import rebuild
+from src.training.__main__ import mix, rebuild
 from src.training.data import load_images
 from src.training.ema import PowerEMA, gamma_of
 from src.training.engine import Recipe, Training, train
-from src.utils import UserError
+from src.utils import UserError, load_model, quantised, read_checkpoint, save_model
 
 STEPS = 60
 
@@ -208,3 +209,29 @@ def test_any_length_is_rebuilt_from_the_kept_averages(tmp_path):
     for step, sigma_rel in ((100, 0.02), (100, 0.2)):  # one kept step cannot tell these
         with pytest.raises(UserError, match="save more often"):
             rebuild(tmp_path, sigma_rel, step)
+
+
+def test_a_mixture_lies_between_a_model_and_its_start(workdir, randomised, script_env):
+    config = {"unet": "small", "image_size": 32, "objective": "adversarial", "smoothing": {"1": 0.1}}
+    flow, critic = ({"objective": name, "steps": 9, "citations": []} for name in ("rectified_flow", "adversarial"))
+    models = [randomised(create_custom_model(**config), seed) for seed in (1, 2)]
+    save_model(models[0], "start/int8.pt", config, provenance={"stages": [flow]})
+    torch.save({**read_checkpoint("start/int8.pt"), "state_dict": quantised(models[0].state_dict())}, "start/int8.pt")
+    save_model(models[1], "end/final_model.pt", config, provenance={"stages": [flow, critic], "citations": ["a"]})
+    command = [sys.executable, "-m", "src.training", "mix", "end/final_model.pt", "start/int8.pt", "--out", "mixed"]
+    result = subprocess.run([*command, "--share", "0.25"], cwd=workdir, env=script_env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    mixed = load_model("mixed/final_model.pt", create_custom_model)
+    assert mixed.scheduler.smoothing == {1: 0.1}
+    for name, value in mixed.state_dict().items():
+        start, end = (model.state_dict()[name] for model in models)
+        assert (value - (0.75 * end + 0.25 * start)).abs().max() <= 0.25 * start.abs().max() / 127, name  # 8 bits
+        assert (value - end).norm() > 0.1 * (start - end).norm(), name
+    told = read_checkpoint("mixed/final_model.pt")["provenance"]
+    assert told["stages"] == [flow, critic] and told["citations"] == ["a", "wortsman2022robust"]
+    assert told["mixed"] == {"share": 0.25, "stages": 1}
+    with pytest.raises(UserError, match="between 0 and 1, got 1"):
+        mix(Path("end/final_model.pt"), Path("start/int8.pt"), 1.0)
+    save_model(models[0], "start/other.pt", config, provenance={"stages": [critic]})
+    with pytest.raises(UserError, match="end/final_model.pt was not trained from start/other.pt"):
+        mix(Path("end/final_model.pt"), Path("start/other.pt"), 0.25)

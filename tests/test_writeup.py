@@ -28,7 +28,9 @@ def trained(tmp_path_factory, faces) -> Path:
     train = "--unet small --image_size 32 --stages rectified_flow:0.5,alpha_flow/alpha=0.25:0.5 --num_iterations 4"
     train += " --batch_size 4 --save_interval 1 --log_interval 1 --save_dir run"
     run_script(folder, ROOT / "train.py", *train.split(), *flags)
-    final = folder / "run/final_model.pt"  # after four steps noise, for which a search would find no strength
+    mixture = f"mix {folder}/run/final_model.pt {folder}/run/checkpoint_iter_2.pt --share 0.25 --out {folder}/mixed"
+    run_script(folder, "-m", "src.training", *mixture.split())
+    final = folder / "mixed/final_model.pt"  # after four steps noise, for which a search would find no strength
     save_chosen(
         load_model(final, create_custom_model),
         final,
@@ -84,6 +86,8 @@ def test_write_up_is_whole_and_keeps_the_teams_words(project):
         f"{report['nfe']['1']['ratio']:.2f}",
         f"training images: {report['sampler']['smoothing']['2']} at NFE 2",
         "Non-Local Algorithm",
+        "with a share of 0.25, those after stage 1",
+        "Robust Fine-Tuning",
     )
     for words_of in told:
         assert letters(words_of) in letters(text), words_of  # lines may break anywhere

@@ -204,6 +204,7 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
     data = {
         "stages": stages(scored["provenance"]["stages"], (HERE / "methods.typ").read_text(), known),
         "citations": cited,
+        "mixed": {name: f"{value:g}" for name, value in scored["provenance"].get("mixed", {}).items()},
         "sampler": {name: by_nfe(values) for name, values in scored["sampler"].items()},
         "settings": f"AdamW, seed {settings['seed']}, times {settings['time_sampling'].replace('_', ' ')}"
         + ("" if full else f", a {model['unet']} U-Net at {model['image_size']} px: an experiment, no submission"),

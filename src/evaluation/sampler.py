@@ -11,17 +11,25 @@ from scipy.optimize import minimize
 from torch import Tensor
 from tqdm import tqdm
 
-from custom_model import blurred, create_custom_model
-from src.evaluation.scoring import draw_samples, evenly
-from src.images import read_rgb, split_paths, to_pixels
+from custom_model import CustomScheduler, create_custom_model
+from src.evaluation.distances import frechet_distance
+from src.evaluation.features import load_features, official_inception
+from src.evaluation.scoring import Data, draw_samples, image_features
 from src.objectives import make_objective
 from src.utils import UserError, load_model, objective_of, read_checkpoint, save_model, tensor_to_pil_image
 
 REFERENCE_STEPS = 64  # Euler steps to the ends that few steps should reach as well
-SIGMAS = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 10, 12, 16)  # of smoothing, in 8-bit levels
-APART = (1, 2, 4, 8)  # pixels whose differences are compared
-AMOUNTS = tuple(round(0.05 * i, 2) for i in range(41))  # of sharpening
-MOST_IMAGES = 1000  # of the training images, evenly spaced: their pixels' differences are sorted in memory
+# What a filter's strength is called, those to choose from, and the key of references.bib for the filter.
+FILTERS = {
+    "smoothing": (
+        "sigma",
+        tuple(round(level / 127.5, 4) for level in (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 12)),  # 8-bit levels
+        "buades2005nonlocal",
+    ),
+    "sharpening": ("amount", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0), "gonzalez2018digital"),
+}
+FILTER_SEED = 500_000  # first noise seed of their search: reports and comparisons score 0, 1,000,000, ... and on
+MOST_IMAGES = 1000  # of the training images, evenly spaced, to compare with
 
 
 def search_grid(model, nfe: int, count: int = 64, seed: int = 0) -> tuple[list[float], dict[str, float]]:
@@ -74,70 +82,29 @@ def search_grid(model, nfe: int, count: int = 64, seed: int = 0) -> tuple[list[f
     return found, {"uniform": error(grid_of(start), half), "found": error(found, half)}
 
 
-def pixel_differences(pixels: np.ndarray) -> np.ndarray:
-    """Quantiles of log(1 + |difference|) of pixels 1, 2, 4 and 8 apart, in a row or a column; uint8 [N, H, W, 3].
+def search_strength(
+    name: str, model, nfe: int, training: Data, count: int = 128, seed: int = FILTER_SEED
+) -> dict[float, float]:
+    """The Fréchet distance of `count` samples to training images, by the strength of a filter.
 
-    Returns: [4, 199].
-    """
-    x, found = pixels.astype(np.int16), []
-    for apart in APART:
-        both = np.abs(x[:, apart:] - x[:, :-apart]).ravel(), np.abs(x[:, :, apart:] - x[:, :, :-apart]).ravel()
-        found.append(np.quantile(np.log1p(np.concatenate(both)), np.linspace(0.005, 0.995, 199)))
-    return np.stack(found)
-
-
-def search_smoothing(model, nfe: int, pixels: np.ndarray, count: int = 128, seed: int = 0) -> dict[float, float]:
-    """How far near pixels of `count` smoothed samples differ otherwise than those of real images do.
-
-    The distance is the mean difference of `pixel_differences`, a Wasserstein distance for each distance of pixels; no
-    network takes part.
+    Samples to smooth are not sharpened yet; those to sharpen are smoothed as the model does.
 
     Args:
-        pixels: training images, uint8 [N, H, W, 3].
-    Returns: the distance for each sigma, 0 for samples as they are.
-    """
-    model = copy.deepcopy(model)
-    model.scheduler.smoothing.clear()
-    model.scheduler.sharpening.clear()  # which comes after smoothing
-    samples = draw_samples(model, nfe, seed, count)
-    wanted, found = pixel_differences(pixels), {}
-    for sigma in (0.0, *(round(level / 127.5, 4) for level in SIGMAS)):
-        model.scheduler.smoothing = {nfe: sigma} if sigma else {}
-        images = tensor_to_pil_image(model.scheduler.smooth(samples, nfe))
-        made = pixel_differences(np.stack([np.asarray(image) for image in images]))
-        found[sigma] = float(np.abs(made - wanted).mean())
-    return found
-
-
-def detail(pixels: np.ndarray) -> float:
-    """Root mean square of what unsharp masking adds to images, uint8 [N, H, W, 3]."""
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
-    return (x - blurred(x)).square().mean().sqrt().item()
-
-
-def search_sharpening(model, nfe: int, pixels: np.ndarray, count: int = 128, seed: int = 0) -> dict[float, float]:
-    """How far the `detail` of `count` samples, smoothed as the model does and then sharpened, is from real images'.
-
-    Args:
-        pixels: training images, uint8 [N, H, W, 3].
-    Returns: the logarithm of their ratio, without its sign, for each amount, 0 for samples as they are.
+        name: one of `FILTERS`.
+        training: of the model's image size.
+    Returns: the distance for each strength, 0 for samples without the filter.
     """
     model = copy.deepcopy(model)
     model.scheduler.sharpening.clear()
-    samples = draw_samples(model, nfe, seed, count)
-    wanted, found = detail(pixels), {}
-    for amount in AMOUNTS:
-        model.scheduler.sharpening = {nfe: amount} if amount else {}
-        images = tensor_to_pil_image(model.scheduler.sharpen(samples, nfe))
-        found[amount] = abs(math.log(detail(np.stack([np.asarray(image) for image in images])) / wanted))
+    if name == "smoothing":
+        model.scheduler.smoothing.clear()
+    samples = draw_samples(model, nfe, seed, count).to(training.device)
+    found = {}
+    for strength in tqdm((0.0, *FILTERS[name][1]), desc=f"{name} for NFE {nfe}", leave=False):
+        alone = CustomScheduler(**{name: {nfe: strength}} if strength else {})
+        images = tensor_to_pil_image(alone.filtered(samples, nfe))
+        found[strength] = frechet_distance(image_features(images, training.network, training.device), training.features)
     return found
-
-
-# What a filter's strength is called, how it is searched, and the key of references.bib for the filter.
-FILTERS = {
-    "smoothing": ("sigma", search_smoothing, "buades2005nonlocal"),
-    "sharpening": ("amount", search_sharpening, "gonzalez2018digital"),
-}
 
 
 def choose_filter(
@@ -148,6 +115,7 @@ def choose_filter(
     count: int,
     seed: int,
     data: tuple[str, str],
+    features: str | None,
     device: torch.device,
 ) -> None:
     """Write a checkpoint's weights to `out`, with a config of the filter that suits its samples at each NFE.
@@ -155,22 +123,21 @@ def choose_filter(
     Args:
         name: one of `FILTERS`.
         data: folder of the images, and of the split files.
+        features: a TorchScript network; None: the official one, of the FID.
     """
-    strength, search, citation = FILTERS[name]
-    if min(nfes) < 1 or count < 1:
-        raise UserError(f"{name} takes NFEs and samples of at least 1, got NFE {min(nfes)} and {count} samples")
+    strength, _, citation = FILTERS[name]
+    if min(nfes) < 1 or count < 8:
+        raise UserError(f"{name} takes NFEs of at least 1 and 8 samples or more, got NFE {min(nfes)} and {count}")
     model = load_model(checkpoint, create_custom_model, device)
-    resized = to_pixels(model.image_size)
-    paths = split_paths(data[0], "train", data[1])
-    paths = [paths[i] for i in evenly(len(paths), MOST_IMAGES)]
-    images = [tensor_to_pil_image(resized(read_rgb(path))) for path in tqdm(paths, desc="training images")]
-    pixels = np.stack([np.asarray(image) for image in images])
+    network = load_features(features or official_inception(), device)
+    training = Data(*data, "train", model.image_size, network, device, most=MOST_IMAGES)
     chosen = {}
     for nfe in nfes:
-        found = search(model, nfe, pixels, count, seed)
+        found = search_strength(name, model, nfe, training, count, seed)
         best = min(found, key=found.get)
         chosen[str(nfe)] = best or None
-        print(f"NFE {nfe}: {strength} {best:g}, distance {found[best]:.4f}, without {found[0.0]:.4f}")
+        distances = f"{network.distance} to training images {found[best]:.4f}, without {found[0.0]:.4f}"
+        print(f"NFE {nfe}: {strength} {best:g}, {distances}")
     save_chosen(model, checkpoint, out, (citation,), **{name: chosen})
 
 

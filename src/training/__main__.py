@@ -1,12 +1,21 @@
-"""python -m src.training ema RUN: rebuild an average of another length from the ones a run kept."""
+"""python -m src.training ema | mix: weights between those that were trained."""
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 
 from src.training.ema import rebuilding_weights
-from src.utils import UserError, one_line_errors, read_checkpoint, writing_checkpoint
+from src.utils import (
+    UserError,
+    objective_of,
+    one_line_errors,
+    read_checkpoint,
+    restore_quantised,
+    write_json,
+    writing_checkpoint,
+)
 
 
 def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict, dict[str, torch.Tensor]]:
@@ -49,6 +58,53 @@ def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict, d
     )
 
 
+def mix(end: Path, start: Path, share: float) -> dict:
+    """The checkpoint `end` with the float32 weights (1 - share) end + share start (arXiv:2109.01903, section 3).
+
+    Raises: UserError if the share is not between 0 and 1, or `end` was not trained from `start`.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"--share must lie between 0 and 1, got {share}")
+    saved, other = read_checkpoint(end), read_checkpoint(start)
+    try:
+        config = json.loads(end.with_name("model_config.json").read_text())
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{end.with_name('model_config.json')} is missing or no JSON: {error}") from None
+    states = [checkpoint.get("state_dict", checkpoint) for checkpoint in (saved, other)]
+    for state in states:
+        restore_quantised(state)
+    shapes = [{name: value.shape for name, value in state.items()} for state in states]
+    provenance = saved.get("provenance", {})
+    begun = other.get("provenance", {}).get("stages", [])  # a checkpoint tells the stages behind it
+    if shapes[0] != shapes[1] or provenance.get("stages", [])[: len(begun)] != begun:
+        raise UserError(f"{end} was not trained from {start}: mix a model with one that its stages went on from")
+    return {
+        "state_dict": {name: value.float().lerp(states[1][name].float(), share) for name, value in states[0].items()},
+        "model_config": config | objective_of(saved),
+        "provenance": {
+            **provenance,
+            "citations": list(dict.fromkeys([*provenance.get("citations", []), "wortsman2022robust"])),
+            "mixed": {"share": share, "stages": len(begun)},
+        },
+    }
+
+
+def write_average(args: argparse.Namespace) -> None:
+    step, origin, state = rebuild(args.run_dir, args.sigma_rel, args.step)
+    target = args.run_dir / f"ema_{step}_{args.sigma_rel:g}.pt"
+    with writing_checkpoint(target) as temporary:
+        torch.save({"state_dict": state, **origin}, temporary)
+    print(f"{target}: python sampling.py --ckpt_path {target}")
+
+
+def write_mixture(args: argparse.Namespace) -> None:
+    mixed, target = mix(args.end, args.start, args.share), args.out / "final_model.pt"
+    with writing_checkpoint(target) as temporary:
+        torch.save(mixed, temporary)
+    write_json(target.with_name("model_config.json"), mixed["model_config"])
+    print(f"{target}: python sampling.py --ckpt_path {target}")
+
+
 def main() -> None:
     root = argparse.ArgumentParser(prog="python -m src.training")
     commands = root.add_subparsers(required=True, metavar="command")
@@ -56,13 +112,16 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path, help="a folder that train.py wrote")
     parser.add_argument("--sigma_rel", type=float, required=True, help="width as a share of the stage so far")
     parser.add_argument("--step", type=int, help="one that the run saved at; left out, the last")
-    args = root.parse_args()
+    parser.set_defaults(run=write_average)
 
-    step, origin, state = rebuild(args.run_dir, args.sigma_rel, args.step)
-    target = args.run_dir / f"ema_{step}_{args.sigma_rel:g}.pt"
-    with writing_checkpoint(target) as temporary:
-        torch.save({"state_dict": state, **origin}, temporary)
-    print(f"{target}: python sampling.py --ckpt_path {target}")
+    parser = commands.add_parser("mix", help="a model's weights, and a share of those it was trained from")
+    parser.add_argument("end", type=Path, help="a checkpoint, with its model_config.json beside it")
+    parser.add_argument("start", type=Path, help="the checkpoint that its last stage began with")
+    parser.add_argument("--share", type=float, required=True, help="of the start, between 0 and 1")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model")
+    parser.set_defaults(run=write_mixture)
+    args = root.parse_args()
+    args.run(args)
 
 
 if __name__ == "__main__":
