@@ -232,6 +232,8 @@ def test_a_mixture_lies_between_a_model_and_its_start(workdir, randomised, scrip
     assert told["mixed"] == {"share": 0.25, "stages": 1}
     with pytest.raises(UserError, match="between 0 and 1, got 1"):
         mix(Path("end/final_model.pt"), Path("start/int8.pt"), 1.0)
+    with pytest.raises(UserError, match="start/int8.pt is in 8 bits"):
+        mix(Path("start/int8.pt"), Path("start/int8.pt"), 0.25)
     save_model(models[0], "start/other.pt", config, provenance={"stages": [critic]})
     with pytest.raises(UserError, match="end/final_model.pt was not trained from start/other.pt"):
         mix(Path("end/final_model.pt"), Path("start/other.pt"), 0.25)

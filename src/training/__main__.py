@@ -8,6 +8,7 @@ import torch
 
 from src.training.ema import rebuilding_weights
 from src.utils import (
+    SCALE,
     UserError,
     objective_of,
     one_line_errors,
@@ -61,7 +62,7 @@ def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict, d
 def mix(end: Path, start: Path, share: float) -> dict:
     """The checkpoint `end` with the float32 weights (1 - share) end + share start (arXiv:2109.01903, section 3).
 
-    Raises: UserError if the share is not between 0 and 1, or `end` was not trained from `start`.
+    Raises: UserError if the share is not between 0 and 1, `end` is in 8 bits or was not trained from `start`.
     """
     if not 0 < share < 1:
         raise UserError(f"--share must lie between 0 and 1, got {share}")
@@ -71,8 +72,9 @@ def mix(end: Path, start: Path, share: float) -> dict:
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{end.with_name('model_config.json')} is missing or no JSON: {error}") from None
     states = [checkpoint.get("state_dict", checkpoint) for checkpoint in (saved, other)]
-    for state in states:
-        restore_quantised(state)
+    if any(name.endswith(SCALE) for name in states[0]):  # its weights lie on that grid, and small moves round back
+        raise UserError(f"{end} is in 8 bits, which would round a share away when exported again: name a float model")
+    restore_quantised(states[1])
     shapes = [{name: value.shape for name, value in state.items()} for state in states]
     provenance = saved.get("provenance", {})
     begun = other.get("provenance", {}).get("stages", [])  # a checkpoint tells the stages behind it
