@@ -132,7 +132,7 @@ def parse_arguments() -> argparse.Namespace:
 def start_from(path: str, model) -> Teacher:
     """Give `model` the weights of a checkpoint and the objective they were trained with.
 
-    Raises: UserError if the checkpoint's network is another one, or no stage's end.
+    Raises: UserError if the checkpoint's network is another one.
     """
     teacher = load_model(path, create_custom_model, model.device)
     facts = {
@@ -148,13 +148,10 @@ def start_from(path: str, model) -> Teacher:
         raise UserError(
             f"the teacher {path} does not fit: {'; '.join(unfit)}. Pass what it was trained with, or train another"
         )
-    provenance = read_checkpoint(path).get("provenance", {})
-    if "mixed" in provenance:
-        raise UserError(f"{path} mixes two stages' ends, which no run record tells: go on from the later one, unmixed")
     model.load_state_dict(teacher.state_dict())
     model.objective = teacher.objective
     unknown = [{"objective": "unknown", "steps": 0, "citations": []}]  # of an older version: nothing to cite
-    stages = provenance.get("stages", unknown)
+    stages = read_checkpoint(path).get("provenance", {}).get("stages", unknown)
     # An older version listed stages to come as well, without steps.
     stages = [stage for stage in stages if stage["steps"] or not stage["citations"]]
     return Teacher(weights_hash(teacher)[:16], stages)

@@ -228,11 +228,13 @@ def test_a_mixture_lies_between_a_model_and_its_start(workdir, randomised, scrip
         assert (value - (0.75 * end + 0.25 * start)).abs().max() <= 0.25 * start.abs().max() / 127, name  # 8 bits
         assert (value - end).norm() > 0.1 * (start - end).norm(), name
     told = read_checkpoint("mixed/final_model.pt")["provenance"]
-    assert told["stages"] == [flow, critic] and told["citations"] == ["a", "wortsman2022robust"]
-    assert told["mixed"] == {"share": 0.25, "stages": 1}
+    mixed = {"citations": ["wortsman2022robust"], "mixed": {"share": 0.25, "stages": 1}}
+    assert told["stages"] == [flow, {**critic, **mixed}] and told["citations"] == ["a"]
     with pytest.raises(UserError, match="between 0 and 1, got 1"):
         mix(Path("end/final_model.pt"), Path("start/int8.pt"), 1.0)
-    with pytest.raises(UserError, match="start/int8.pt is in 8 bits"):
+    with pytest.raises(UserError, match="mixed/final_model.pt is a mixture already"):
+        mix(Path("mixed/final_model.pt"), Path("start/int8.pt"), 0.25)
+    with pytest.raises(UserError, match="start/int8.pt was not trained from start/int8.pt"):
         mix(Path("start/int8.pt"), Path("start/int8.pt"), 0.25)
     save_model(models[0], "start/other.pt", config, provenance={"stages": [critic]})
     with pytest.raises(UserError, match="end/final_model.pt was not trained from start/other.pt"):

@@ -86,7 +86,7 @@ def test_write_up_is_whole_and_keeps_the_teams_words(project):
         f"{report['nfe']['1']['ratio']:.2f}",
         f"training images: {report['sampler']['smoothing']['2']} at NFE 2",
         "Non-Local Algorithm",
-        "with a share of 0.25, those after stage 1",
+        "with those after stage 1, of these a share of 0.25",
         "Robust Fine-Tuning",
     )
     for words_of in told:

@@ -105,8 +105,9 @@ def early_samples(run: Path, folder: Path) -> list[dict]:
 
 
 def kinds(stages: list[dict]) -> list[dict]:
-    """The stages without how far they got, which of a run's checkpoints differ in."""
-    return [{name: value for name, value in stage.items() if name != "steps"} for stage in stages]
+    """The stages without how far they got, which a run's checkpoints differ in, and what their ends were mixed with."""
+    later = ("steps", "mixed", "citations")  # a mixture is cited as well
+    return [{name: value for name, value in stage.items() if name not in later} for stage in stages]
 
 
 def goes_on(stages: list[dict], run: dict) -> bool:
@@ -143,6 +144,7 @@ def stages(trained: list[dict], methods: str, known: set[str]) -> list[dict]:
                 "images": f"{stage['steps'] * stage['batch_size']:,}",
                 "lr": f"{stage['lr']:.2g}{falls}",
                 "citations": stage["citations"],
+                "mixed": {name: f"{value:g}" for name, value in stage.get("mixed", {}).items()},
             }
         )
     return found
@@ -204,7 +206,6 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
     data = {
         "stages": stages(scored["provenance"]["stages"], (HERE / "methods.typ").read_text(), known),
         "citations": cited,
-        "mixed": {name: f"{value:g}" for name, value in scored["provenance"].get("mixed", {}).items()},
         "sampler": {name: by_nfe(values) for name, values in scored["sampler"].items()},
         "settings": f"AdamW, seed {settings['seed']}, times {settings['time_sampling'].replace('_', ' ')}"
         + ("" if full else f", a {model['unet']} U-Net at {model['image_size']} px: an experiment, no submission"),

@@ -8,7 +8,6 @@ import torch
 
 from src.training.ema import rebuilding_weights
 from src.utils import (
-    SCALE,
     UserError,
     objective_of,
     one_line_errors,
@@ -62,7 +61,9 @@ def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict, d
 def mix(end: Path, start: Path, share: float) -> dict:
     """The checkpoint `end` with the float32 weights (1 - share) end + share start (arXiv:2109.01903, section 3).
 
-    Raises: UserError if the share is not between 0 and 1, `end` is in 8 bits or was not trained from `start`.
+    The last of its `stages` tells of it.
+
+    Raises: UserError if the share is not between 0 and 1, `end` is a mixture itself or was not trained from `start`.
     """
     if not 0 < share < 1:
         raise UserError(f"--share must lie between 0 and 1, got {share}")
@@ -72,21 +73,29 @@ def mix(end: Path, start: Path, share: float) -> dict:
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{end.with_name('model_config.json')} is missing or no JSON: {error}") from None
     states = [checkpoint.get("state_dict", checkpoint) for checkpoint in (saved, other)]
-    if any(name.endswith(SCALE) for name in states[0]):  # its weights lie on that grid, and small moves round back
-        raise UserError(f"{end} is in 8 bits, which would round a share away when exported again: name a float model")
-    restore_quantised(states[1])
+    for state in states:
+        restore_quantised(state)
     shapes = [{name: value.shape for name, value in state.items()} for state in states]
     provenance = saved.get("provenance", {})
-    begun = other.get("provenance", {}).get("stages", [])  # a checkpoint tells the stages behind it
-    if shapes[0] != shapes[1] or provenance.get("stages", [])[: len(begun)] != begun:
+    stages, begun = (checkpoint.get("provenance", {}).get("stages", []) for checkpoint in (saved, other))
+    if shapes[0] != shapes[1] or not 0 < len(begun) < len(stages) or stages[: len(begun)] != begun:
         raise UserError(f"{end} was not trained from {start}: mix a model with one that its stages went on from")
+    last = stages[-1]
+    if "mixed" in last:
+        raise UserError(f"{end} is a mixture already: name the model that it was made of")
     return {
         "state_dict": {name: value.float().lerp(states[1][name].float(), share) for name, value in states[0].items()},
         "model_config": config | objective_of(saved),
         "provenance": {
             **provenance,
-            "citations": list(dict.fromkeys([*provenance.get("citations", []), "wortsman2022robust"])),
-            "mixed": {"share": share, "stages": len(begun)},
+            "stages": [
+                *stages[:-1],
+                {
+                    **last,
+                    "citations": [*last["citations"], "wortsman2022robust"],
+                    "mixed": {"share": share, "stages": len(begun)},
+                },
+            ],
         },
     }
 
