@@ -236,7 +236,8 @@ def quantised(state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         scale = value.float().abs().amax(dim=tuple(range(1, value.ndim)), keepdim=True).clamp(min=1e-12) / 127
         sums = (value.double() / scale).flatten(1).cumsum(1).round()  # in double: thousands of terms
-        small[name] = sums.diff(prepend=sums[:, :1] * 0).clamp(-127, 127).reshape(value.shape).to(torch.int8)
+        small[name] = sums.diff(prepend=torch.zeros_like(sums[:, :1])).reshape(value.shape)
+        small[name] = small[name].clamp(-127, 127).to(torch.int8)  # what is carried may lift the largest to 128
         small[name + SCALE] = scale
     return small
 

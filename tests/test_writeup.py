@@ -126,6 +126,20 @@ def test_a_model_of_an_early_stage_is_told_as_it_was_trained(project, faces):
     assert "second did not begin with the run named before it" in build(project, "run", "second", "second").stderr
 
 
+def test_a_run_that_goes_on_from_a_mixture_tells_of_it(project, faces):
+    train = "--unet small --image_size 32 --objective shortcut --teacher mixed/final_model.pt --save_dir second"
+    flags = ["--data_root", faces, "--split_dir", faces, "--num_iterations", "1", "--batch_size", "4"]
+    run_script(project, ROOT / "train.py", *train.split(), *flags, "--log_interval", "1", "--device", "cpu")
+    provenance = scored_as(project, "second", "final_model.pt")
+    assert provenance["stages"][1]["mixed"] == {"share": 0.25, "stages": 1}
+    result = build(project, "run", "second")
+    assert result.returncode == 0, result.stderr
+    pdf = project / "writeup/writeup.pdf"
+    assert [fault for _, fault, _ in judge(pdf, project / "references.bib", provenance)] == ["", "", ""]
+    text = "".join(page.extract_text() for page in PdfReader(pdf).pages)
+    assert letters("with those after stage 1, of these a share of 0.25") in letters(text)
+
+
 def test_a_run_of_other_objectives_is_told(project):
     def git(*command: str) -> str:
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *command]
