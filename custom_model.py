@@ -39,6 +39,7 @@ class CustomScheduler(BaseScheduler):
             exp(4t) + exp(4(1 - t)) (arXiv:2405.20320); "logit_normal", t = sigmoid(N(0, 1))
             (arXiv:2403.03206, section 3.1).
         time_grids: {NFE: [1, ..., 0]}, decreasing times for `sample`; uniform grids for NFEs not named.
+        asking: {NFE: part}, how much of a jump the network is asked for late on the way, see `asked_until`.
         smoothing, sharpening: {NFE: sigma}, {NFE: amount}, how `smooth` and then `sharpen` treat its samples; those of
             NFEs not named stay as they are.
     """
@@ -47,6 +48,7 @@ class CustomScheduler(BaseScheduler):
         self,
         time_sampling: str = "uniform",
         time_grids: dict | None = None,
+        asking: dict | None = None,
         smoothing: dict | None = None,
         sharpening: dict | None = None,
     ) -> None:
@@ -60,6 +62,10 @@ class CustomScheduler(BaseScheduler):
             falling = all(a > b for a, b in zip(grid, grid[1:], strict=False))
             if len(grid) != nfe + 1 or grid[0] != 1 or grid[-1] != 0 or not falling:
                 raise UserError(f"time grid for NFE {nfe} must fall from 1 to 0 in {nfe} jumps, got {grid}")
+        self.asking = strengths("asking", asking)
+        for nfe, part in self.asking.items():
+            if part > 1:
+                raise UserError(f"asking for NFE {nfe} is a part of a jump, at most 1, got {part}")
         self.smoothing = strengths("smoothing", smoothing)
         self.sharpening = strengths("sharpening", sharpening)
 
@@ -88,6 +94,16 @@ class CustomScheduler(BaseScheduler):
         if nfe < 1:
             raise ValueError(f"need at least one network call, got {nfe}")
         return self.time_grids.get(nfe) or [1 - i / nfe for i in range(nfe + 1)]
+
+    def asked_until(self, t: float, t_next: float, nfe: int) -> float:
+        """Down to what time the network is asked for the mean velocity of a jump from t to t_next, one of nfe.
+
+        To t_next; but from t = 1/2 on, `asking` may name a part of the way. An adversarial stage trains whole jumps
+        alone: asked for less, a network is nearer to what it was before, so this trades one's faults for the other's.
+        """
+        if t > 0.5 or nfe not in self.asking:
+            return t_next
+        return t - self.asking[nfe] * (t - t_next)
 
     def forward_process(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = (1 - t) x + t eps; data and noise [B, ...], t [B] in [0, 1]."""
@@ -192,9 +208,13 @@ class CustomGenerativeModel(BaseGenerativeModel):
         """The mean velocity of a jump from x_t [B, ...] to t_next, asked as the objective has taught it; times [B]."""
         return self.predict(xt, t, self.objective.asked(t, t_next))
 
-    def jump(self, xt: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-        """x_{t_next} from x_t [B, ...] by one network call; times [B]."""
-        return self.scheduler.reverse_process_step(xt, self.velocity(xt, t, t_next), t, t_next)
+    def jump(self, xt: Tensor, t: Tensor, t_next: Tensor, asked_until: Tensor | None = None) -> Tensor:
+        """x_{t_next} from x_t [B, ...] by one network call; times [B].
+
+        asked_until: jump with the mean velocity down to this time, by default t_next.
+        """
+        velocity = self.velocity(xt, t, t_next if asked_until is None else asked_until)
+        return self.scheduler.reverse_process_step(xt, velocity, t, t_next)
 
     def compute_loss(self, data: Tensor, noise: Tensor, **kwargs) -> Tensor:
         """Scalar loss of images in [-1, 1] and Gaussian noise, both [B, 3, H, W].
@@ -242,8 +262,9 @@ class CustomGenerativeModel(BaseGenerativeModel):
         grid = self.scheduler.time_grid(num_inference_timesteps)
         with eval_mode(self):
             for t, t_next in tqdm(list(zip(grid, grid[1:], strict=False)), disable=not verbose, desc="sampling"):
-                t, t_next = x.new_full((len(x),), t), x.new_full((len(x),), t_next)
-                x = self.jump(x, t, t_next)
+                asked_until = self.scheduler.asked_until(t, t_next, num_inference_timesteps)
+                t, t_next, asked_until = (x.new_full((len(x),), time) for time in (t, t_next, asked_until))
+                x = self.jump(x, t, t_next, asked_until)
                 traj.append(x)
         x = traj[-1] = self.scheduler.filtered(x, num_inference_timesteps)
         return traj if return_traj else x
@@ -267,6 +288,7 @@ def create_custom_model(
     image_size: int = 64,
     time_sampling: str = "uniform",
     time_grids: dict | None = None,
+    asking: dict | None = None,
     smoothing: dict | None = None,
     sharpening: dict | None = None,
     model_type: str | None = None,
@@ -279,7 +301,7 @@ def create_custom_model(
         objective: default "shortcut"; but "rectified_flow" for a config that turns the condition off, as
             those of the challenge's base code do. With options: "name/option=value/...".
         use_additional_condition: default: whatever the objective needs. True adds the condition anyway.
-        num_train_timesteps, time_sampling, time_grids, smoothing, sharpening: see `CustomScheduler`.
+        num_train_timesteps, time_sampling, time_grids, asking, smoothing, sharpening: see `CustomScheduler`.
         unet: "full" is the challenge's; "small" is for tests and experiments.
         image_size: 64, or 32 for experiments.
         model_type, scheduler_type: accepted and ignored; every saved config carries them.
@@ -297,6 +319,6 @@ def create_custom_model(
         raise UserError(f"the objective {objective} needs the extra condition, but use_additional_condition is false")
 
     network = UNet(**UNETS[unet], use_additional_condition=needed or bool(use_additional_condition))
-    filters = {"smoothing": smoothing, "sharpening": sharpening}
-    scheduler = CustomScheduler(num_train_timesteps, time_sampling=time_sampling, time_grids=time_grids, **filters)
+    chosen = {"time_grids": time_grids, "asking": asking, "smoothing": smoothing, "sharpening": sharpening}
+    scheduler = CustomScheduler(num_train_timesteps, time_sampling=time_sampling, **chosen)
     return CustomGenerativeModel(network, scheduler, objective=objective, image_size=image_size).to(device)

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from custom_model import create_custom_model
 from src.evaluation.compare import plot_distances
 from src.evaluation.intervals import mean_interval
-from src.evaluation.sampler import FILTER_SEED, FILTERS, choose_filter
+from src.evaluation.sampler import SEARCH_SEED, SETTINGS, choose_strength
 from src.evaluation.scoring import Scorer, draw_samples
 from src.objectives import make_objective, parse_stages
 from src.training.data import load_images
@@ -233,7 +233,7 @@ def main() -> None:
 
     def smoothed(run: dict, final: Path, folder: Path) -> dict:
         data = args.data_root, args.split_dir
-        choose_filter("smoothing", final, folder, NFES, SEARCHED, FILTER_SEED, data, args.features, device)
+        choose_strength("smoothing", final, folder, NFES, SEARCHED, SEARCH_SEED, data, args.features, device)
         return {key: run[key] for key in nothing}  # the search costs no training
 
     # By content, not by name: another start at the same place is another measurement.
@@ -252,7 +252,7 @@ def main() -> None:
             grid[f"{name}, seed {seed}"] = side_by_side(final, device)
             if args.smoothed:
                 smooth = folder / "smooth"
-                asked |= {"sigmas": list(FILTERS["smoothing"][1])}
+                asked |= {"sigmas": list(SETTINGS["smoothing"][1])}
                 smoothing = partial(smoothed, run, final, smooth)
                 run = measure(smooth, smooth / final.name, asked, smoothing, scorers, device)
                 rows.setdefault(f"{name}, smoothed", []).append(run)

@@ -36,8 +36,8 @@ def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, ti
                    "--out", out, "--", "--batch_size", "4"]  # fmt: skip
         monkeypatch.setattr(sys, "argv", command)
         monkeypatch.setattr(objectives, "SEARCHED", 16)
-        sigma, strengths, citation = objectives.FILTERS["smoothing"]
-        monkeypatch.setitem(objectives.FILTERS, "smoothing", (sigma, strengths[::6], citation))  # not a test of these
+        sigma, strengths, citation = objectives.SETTINGS["smoothing"]
+        monkeypatch.setitem(objectives.SETTINGS, "smoothing", (sigma, strengths[::6], citation))  # not a test of these
         objectives.main()
         return (workdir / "compared/table.md").read_text()
 

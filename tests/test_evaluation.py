@@ -114,7 +114,29 @@ def test_sharpening_is_searched_where_detail_is_lost():
     assert model.scheduler.sharpening == {1: 0.1}  # the model itself is left as it was
 
 
-def test_filter_commands_write_what_sampling_reads(workdir, faces, tiny_network, script_env):
+class BestAsked(Blocks):
+    """Samples are the image, and the more grain the further the last jump asks for from d = 0.375."""
+
+    use_additional_condition = True
+
+    def forward(self, x, timestep, d):
+        t, d = timestep[:, None, None, None] / 1000, d[:, None, None, None] / 1000
+        return (x - self.image) / t + torch.where(t <= 0.5, (d - 0.375).abs() * self.grain, 0.0) * x
+
+
+def test_asking_is_searched_where_a_part_of_a_jump_is_better():
+    network = BestAsked(0.2)
+    model = CustomGenerativeModel(network, CustomScheduler(asking={2: 0.5}), objective="shortcut", image_size=16)
+    training = training_images(network.image)
+    found = search_strength("asking", model, 2, training, count=8)
+    assert min(found, key=found.get) == 0.75 and found[0.75] < 0.3 * found[0.0]
+    assert model.scheduler.asking == {2: 0.5}  # the model itself is left as it was
+    model.scheduler = CustomScheduler(smoothing={2: 10.0})
+    smoothed = search_strength("asking", model, 2, training, count=8)
+    assert smoothed[0.75] > 10 * found[0.75]  # of samples as the model filters them
+
+
+def test_commands_write_what_sampling_reads(workdir, faces, tiny_network, script_env):
     model = load_model(ROOT / "checkpoints/small32/float16.pt", create_custom_model)
     config = {"unet": "small", "image_size": 32, "objective": "adversarial", "smoothing": {"3": 0.5}}
     save_model(model, "run/model.pt", config, provenance={"citations": ["liu2023flow"]})
@@ -143,6 +165,15 @@ def test_filter_commands_write_what_sampling_reads(workdir, faces, tiny_network,
     assert loaded.scheduler.smoothing == {2: 10.0} and loaded.scheduler.sharpening[2] > 0
     cited = torch.load("smooth/model.pt", weights_only=True)["provenance"]["citations"]
     assert cited == ["gonzalez2018digital"]
+    command[3], command[5] = "asking", "smooth/model.pt"
+    command[9] = "asked"
+    result = subprocess.run(command, cwd=workdir, env=script_env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    told = float(result.stdout.split("part ")[1].split(",")[0])
+    asked = load_model("asked/model.pt", create_custom_model).scheduler
+    assert asked.asking == ({2: told} if told else {}) and asked.sharpening == loaded.scheduler.sharpening
+    bad = subprocess.run([*command, "--nfe", "1"], cwd=workdir, env=script_env, capture_output=True, text=True)
+    assert bad.returncode == 1 and "asking takes NFEs of at least 2" in bad.stderr and "Traceback" not in bad.stderr
 
 
 def test_what_the_search_found_no_use_for_is_unset(workdir, randomised):

@@ -114,6 +114,18 @@ def test_sharpening_raises_edges_and_leaves_even_areas():
     assert "gonzalez2018digital" in scheduler.citations
 
 
+def test_a_part_of_late_jumps_is_asked_for_and_the_whole_is_jumped(randomised):
+    model = randomised(create_custom_model(unet="small", image_size=32, asking={"4": 0.75})).eval()  # JSON has string keys
+    noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = model.sample(noise.shape, 4, return_traj=True, noise=noise)
+    for i, (t, d) in enumerate(((1.0, 0.25), (0.75, 0.25), (0.5, 0.1875), (0.25, 0.1875))):
+        torch.testing.assert_close(x[i + 1], x[i] - 0.25 * model.predict(x[i], t, d))
+    x = model.sample(noise.shape, 2, return_traj=True, noise=noise)  # an NFE that is not named
+    torch.testing.assert_close(x[2], x[1] - 0.5 * model.predict(x[1], 0.5, 0.5))
+    with pytest.raises(UserError, match="asking for NFE 2 is a part of a jump, at most 1, got 1.5"):
+        CustomScheduler(asking={"2": 1.5})
+
+
 def test_samples_are_filtered_as_the_config_says(randomised):
     model = randomised(create_custom_model(unet="small", image_size=32))
     noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -185,6 +185,8 @@ def test_models_that_differ_in_filters_alone_share_their_samples(runs, tiny_netw
     assert len(list((runs / "data/cache").glob("samples-*"))) == 1
     assert not np.array_equal(models[0].embedded(2, 0), models[1].embedded(2, 0))
     assert np.array_equal(models[0].pixels(1, 0), models[1].pixels(1, 0))  # not filtered at this NFE
+    save_model(models[0].net, runs / "asked/final_model.pt", {**settings, "asking": {"2": 0.75}})
+    assert Model(runs / "asked/final_model.pt", features, device, 16).key != models[0].key  # other jumps
     before = models[1].embedded(2, 0)
     monkeypatch.setattr("custom_model.SMOOTHED", 1)  # a filter of another form, and of the same strength
     assert not np.array_equal(models[1].embedded(2, 0), before)

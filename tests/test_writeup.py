@@ -11,7 +11,7 @@ import torch
 from pypdf import PdfReader
 
 from custom_model import create_custom_model
-from src.evaluation.sampler import FILTERS, save_chosen
+from src.evaluation.sampler import SETTINGS, save_chosen
 from src.submission.writeup import judge, letters
 from src.utils import load_model
 
@@ -35,7 +35,8 @@ def trained(tmp_path_factory, faces) -> Path:
         load_model(final, create_custom_model),
         final,
         folder / "run/smooth",
-        FILTERS["smoothing"][2:],
+        SETTINGS["smoothing"][2],
+        asking={"2": 0.75},
         smoothing={"2": 0.1},
     )
     return folder
@@ -84,6 +85,7 @@ def test_write_up_is_whole_and_keeps_the_teams_words(project):
         "alpha=0.25",
         "24 training images",
         f"{report['nfe']['1']['ratio']:.2f}",
+        "training images: 0.75 at NFE 2",
         f"training images: {report['sampler']['smoothing']['2']} at NFE 2",
         "Non-Local Algorithm",
         "with those after stage 1, of these a share of 0.25",

@@ -10,7 +10,7 @@ from src.evaluation.distances import frechet_distance
 from src.evaluation.features import folder_features, load_features, official_inception
 from src.evaluation.reference import image_files, write_reference
 from src.evaluation.report import SWEEP, report
-from src.evaluation.sampler import FILTER_SEED, choose_filter, choose_grids
+from src.evaluation.sampler import SEARCH_SEED, choose_grids, choose_strength
 from src.evaluation.speed import speed
 from src.images import DATA_ROOT, read_rgb, split_paths, to_pixels
 from src.utils import NFES, one_line_errors, pick_device
@@ -40,7 +40,7 @@ def time_grid(args: argparse.Namespace) -> None:
 
 def choose(name: str, args: argparse.Namespace) -> None:
     data, device = (args.data_root, args.split_dir), pick_device(args.device)
-    choose_filter(name, args.checkpoint, args.out, args.nfe, args.count, args.seed, data, args.features, device)
+    choose_strength(name, args.checkpoint, args.out, args.nfe, args.count, args.seed, data, args.features, device)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -106,13 +106,14 @@ def main() -> None:
     for name, what in (
         ("smoothing", "smooth samples as brings them nearest to training images"),
         ("sharpening", "sharpen samples as brings them nearest to training images; after smoothing"),
+        ("asking", "ask for as much of late jumps as brings samples nearest to training images; after both"),
     ):
         parser = command(name, partial(choose, name), what)
         parser.add_argument("--checkpoint", type=Path, required=True)
         parser.add_argument("--out", type=Path, required=True, help=f"folder for the model with its {name}")
-        parser.add_argument("--nfe", type=int, nargs="+", default=NFES)
+        parser.add_argument("--nfe", type=int, nargs="+", default=[2, 4] if name == "asking" else NFES)
         parser.add_argument("--count", type=int, default=128, help="samples of each")
-        parser.add_argument("--seed", type=int, default=FILTER_SEED, help="first of their noise: none that is scored")
+        parser.add_argument("--seed", type=int, default=SEARCH_SEED, help="first of their noise: none that is scored")
         parser.add_argument("--data_root", default=DATA_ROOT)
         parser.add_argument("--split_dir", default="data")
         parser.add_argument("--features", help=FEATURES)

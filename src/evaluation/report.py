@@ -154,7 +154,9 @@ def report(args) -> None:
         "size": size,
         "picture seed": args.seed,
         "provenance": read_checkpoint(args.checkpoint).get("provenance", {}),
-        "sampler": {name: getattr(model.net.scheduler, name) for name in ("time_grids", "smoothing", "sharpening")},
+        "sampler": {
+            name: getattr(model.net.scheduler, name) for name in ("time_grids", "asking", "smoothing", "sharpening")
+        },
         "bf16": model.bf16,
         "samples": args.samples,
         "sampling seeds": args.seeds,

@@ -1,4 +1,5 @@
-"""What a sampler may choose for a frozen model: its times (after Tong et al., arXiv:2405.15506), and its filters."""
+"""What a sampler may choose for a frozen model: its times (after Tong et al., arXiv:2405.15506), what it asks the
+network for, and its filters."""
 
 import copy
 import json
@@ -19,16 +20,17 @@ from src.objectives import make_objective
 from src.utils import UserError, load_model, objective_of, read_checkpoint, save_model, tensor_to_pil_image
 
 REFERENCE_STEPS = 64  # Euler steps to the ends that few steps should reach as well
-# What a filter's strength is called, those to choose from, and the key of references.bib for the filter.
-FILTERS = {
+# What a setting's strength is called, those to choose from, and keys of references.bib.
+SETTINGS = {
+    "asking": ("part", (0.25, 0.375, 0.5, 0.625, 0.75, 0.875), ()),
     "smoothing": (
         "sigma",
         tuple(round(level / 127.5, 4) for level in (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 12)),  # 8-bit levels
-        "buades2005nonlocal",
+        ("buades2005nonlocal",),
     ),
-    "sharpening": ("amount", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0), "gonzalez2018digital"),
+    "sharpening": ("amount", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0), ("gonzalez2018digital",)),
 }
-FILTER_SEED = 500_000  # first noise seed of their search: reports and comparisons score 0, 1,000,000, ... and on
+SEARCH_SEED = 500_000  # first noise seed of their search: reports and comparisons score 0, 1,000,000, ... and on
 MOST_IMAGES = 1000  # of the training images, evenly spaced, to compare with
 
 
@@ -83,31 +85,37 @@ def search_grid(model, nfe: int, count: int = 64, seed: int = 0) -> tuple[list[f
 
 
 def search_strength(
-    name: str, model, nfe: int, training: Data, count: int = 128, seed: int = FILTER_SEED
+    name: str, model, nfe: int, training: Data, count: int = 128, seed: int = SEARCH_SEED
 ) -> dict[float, float]:
-    """The Fréchet distance of `count` samples to training images, by the strength of a filter.
+    """The Fréchet distance of `count` samples to training images, by the strength of a setting.
 
-    Samples to smooth are not sharpened yet; those to sharpen are smoothed as the model does.
+    Samples to smooth are not sharpened yet; those to sharpen are smoothed as the model does, and those of another
+    asking, for which the network is called anew, smoothed and sharpened.
 
     Args:
-        name: one of `FILTERS`.
+        name: one of `SETTINGS`.
         training: of the model's image size.
-    Returns: the distance for each strength, 0 for samples without the filter.
+    Returns: the distance for each strength, 0 for samples without the setting.
     """
     model = copy.deepcopy(model)
-    model.scheduler.sharpening.clear()
-    if name == "smoothing":
-        model.scheduler.smoothing.clear()
-    samples = draw_samples(model, nfe, seed, count).to(training.device)
+    if name != "asking":
+        model.scheduler.sharpening.clear()
+        if name == "smoothing":
+            model.scheduler.smoothing.clear()
+        samples = draw_samples(model, nfe, seed, count).to(training.device)
     found = {}
-    for strength in tqdm((0.0, *FILTERS[name][1]), desc=f"{name} for NFE {nfe}", leave=False):
-        alone = CustomScheduler(**{name: {nfe: strength}} if strength else {})
-        images = tensor_to_pil_image(alone.filtered(samples, nfe))
+    for strength in tqdm((0.0, *SETTINGS[name][1]), desc=f"{name} for NFE {nfe}", leave=False):
+        chosen = {nfe: strength} if strength else {}
+        if name == "asking":
+            model.scheduler.asking = chosen
+            images = tensor_to_pil_image(draw_samples(model, nfe, seed, count))
+        else:
+            images = tensor_to_pil_image(CustomScheduler(**{name: chosen}).filtered(samples, nfe))
         found[strength] = frechet_distance(image_features(images, training.network, training.device), training.features)
     return found
 
 
-def choose_filter(
+def choose_strength(
     name: str,
     checkpoint: Path,
     out: Path,
@@ -118,16 +126,17 @@ def choose_filter(
     features: str | None,
     device: torch.device,
 ) -> None:
-    """Write a checkpoint's weights to `out`, with a config of the filter that suits its samples at each NFE.
+    """Write a checkpoint's weights to `out`, with a config of the strength that suits its samples at each NFE.
 
     Args:
-        name: one of `FILTERS`.
+        name: one of `SETTINGS`.
         data: folder of the images, and of the split files.
         features: a TorchScript network; None: the official one, of the FID.
     """
-    strength, _, citation = FILTERS[name]
-    if min(nfes) < 1 or count < 8:
-        raise UserError(f"{name} takes NFEs of at least 1 and 8 samples or more, got NFE {min(nfes)} and {count}")
+    strength, _, citations = SETTINGS[name]
+    least = 2 if name == "asking" else 1  # one jump goes all the way from t = 1
+    if min(nfes) < least or count < 8:
+        raise UserError(f"{name} takes NFEs of at least {least} and 8 samples or more, got NFE {min(nfes)} and {count}")
     model = load_model(checkpoint, create_custom_model, device)
     network = load_features(features or official_inception(), device)
     training = Data(*data, "train", model.image_size, network, device, most=MOST_IMAGES)
@@ -138,7 +147,7 @@ def choose_filter(
         chosen[str(nfe)] = best or None
         distances = f"{network.distance} to training images {found[best]:.4f}, without {found[0.0]:.4f}"
         print(f"NFE {nfe}: {strength} {best:g}, {distances}")
-    save_chosen(model, checkpoint, out, (citation,), **{name: chosen})
+    save_chosen(model, checkpoint, out, citations, **{name: chosen})
 
 
 def choose_grids(checkpoint: Path, out: Path, nfes: list[int], count: int, seed: int, device: torch.device) -> None:
