@@ -115,7 +115,8 @@ def test_sharpening_raises_edges_and_leaves_even_areas():
 
 
 def test_a_part_of_late_jumps_is_asked_for_and_the_whole_is_jumped(randomised):
-    model = randomised(create_custom_model(unet="small", image_size=32, asking={"4": 0.75})).eval()  # JSON has string keys
+    asking = {"4": 0.75}  # JSON has string keys
+    model = randomised(create_custom_model(unet="small", image_size=32, asking=asking)).eval()
     noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     x = model.sample(noise.shape, 4, return_traj=True, noise=noise)
     for i, (t, d) in enumerate(((1.0, 0.25), (0.75, 0.25), (0.5, 0.1875), (0.25, 0.1875))):
