@@ -99,7 +99,7 @@ class CustomScheduler(BaseScheduler):
         """Down to what time the network is asked for the mean velocity of a jump from t to t_next, one of nfe.
 
         To t_next; but from t = 1/2 on, `asking` may name a part of the way. An adversarial stage trains whole jumps
-        alone: asked for less, a network is nearer to what it was before, so this trades one's faults for the other's.
+        alone; asked for less, a network is presumably nearer to what it was before, whose faults are others.
         """
         if t > 0.5 or nfe not in self.asking:
             return t_next
