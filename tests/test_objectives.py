@@ -19,7 +19,7 @@ from src.evaluation.report import CITATIONS as SCORES
 from src.objectives import OBJECTIVES, make_objective, options_of, parse_objective, parse_stages
 from src.objectives.adversarial import DRAWN, octave_noise
 from src.objectives.contract import Nets
-from src.objectives.critics import augment
+from src.objectives.critics import ConvCritic, augment
 from src.objectives.rollout import in_turn, roll_out, sample_through
 from src.training import engine
 from src.training.data import load_images
@@ -617,6 +617,13 @@ def test_augmentation_is_differentiable_and_treats_pixels_alike():
     assert (shifted[..., :2] == 0).all()
     augment(x, torch.rand(5, 6)).sum().backward()
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
+
+
+def test_a_critics_gradient_does_not_depend_on_how_threads_race():
+    critic = ConvCritic((3, 32, 32))
+    x, nfe = batch(32)[0], torch.tensor([1, 2, 4, 1]).repeat(8)
+    last = [torch.autograd.grad(critic(x, nfe).sum(), critic.tail.weight)[0] for _ in range(10)]
+    assert all(torch.equal(gradient, last[0]) for gradient in last)
 
 
 @pytest.mark.parametrize(
