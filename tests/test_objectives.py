@@ -17,9 +17,9 @@ from toy import MLP, distances, one_stage, train_on_mixture
 from custom_model import TIME_SAMPLINGS, CustomGenerativeModel, CustomScheduler, create_custom_model
 from src.evaluation.report import CITATIONS as SCORES
 from src.objectives import OBJECTIVES, make_objective, options_of, parse_objective, parse_stages
-from src.objectives.adversarial import DRAWN, octave_noise
+from src.objectives.adversarial import DRAWN, WOBBLE, octave_noise, wobble
 from src.objectives.contract import Nets
-from src.objectives.critics import ConvCritic, augment
+from src.objectives.critics import ConvCritic, augment, warp
 from src.objectives.rollout import in_turn, roll_out, sample_through
 from src.training import engine
 from src.training.data import load_images
@@ -41,7 +41,7 @@ VARIANTS = {
     "adversarial/critic=conv": "rectified_flow:0.8,adversarial/critic=conv/augmented=false:0.2",
 }
 del VARIANTS["progressive"], VARIANTS["adversarial"]
-ALONE = [*VARIANTS, "adversarial"]  # the encoder is a U-Net's, which the mixture has not
+ALONE = [*VARIANTS, "adversarial", "adversarial/warped=0.25"]  # the encoder is a U-Net's, which the mixture has not
 FEW_STEP = [name for name in VARIANTS if name != "rectified_flow"]
 
 
@@ -148,6 +148,7 @@ def test_a_step_never_waits_for_its_device_nor_mixes_devices(name, monkeypatch):
         ("shortcut", 1),
         ("alpha_flow", 1),
         ("adversarial/critic=conv/augmented=false", 7),
+        ("adversarial/critic=conv/augmented=false/warped=0.25", 7),
         ("distribution_matching", 3),
     ],
 )
@@ -626,6 +627,44 @@ def test_a_critics_gradient_does_not_depend_on_how_threads_race():
     assert all(torch.equal(gradient, last[0]) for gradient in last)
 
 
+def test_a_warp_moves_pixels_smoothly_from_where_its_displacements_point():
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(warp(x, torch.zeros(2, 2, 32, 32)), x, rtol=0, atol=1e-5)
+    right, down = torch.tensor([2 / 32, 0]).reshape(1, 2, 1, 1), torch.tensor([0, 3 / 32]).reshape(1, 2, 1, 1)
+    torch.testing.assert_close(warp(x, right.expand(2, 2, 32, 32))[..., :-2], x[..., 2:], rtol=0, atol=1e-4)
+    torch.testing.assert_close(warp(x, down.expand(2, 2, 32, 32))[..., :-3, :], x[..., 3:, :], rtol=0, atol=1e-4)
+    for size in (32, 64):
+        moved = wobble((64, 3, size, size))
+        assert moved.square().mean().sqrt().item() == pytest.approx(WOBBLE)
+        assert moved.diff(dim=-1).square().mean() < moved.square().mean()  # twice of it in white noise
+
+
+@torch.no_grad()
+def test_the_critic_learns_from_a_share_of_faces_whose_lines_wobble():
+    """Their rows alone change, to real images warped; the student does not see them."""
+    model = create_custom_model(objective="adversarial/warped=0.5/augmented=false", unet="small", image_size=32)
+    plain = make_objective("adversarial/augmented=false", model.scheduler)
+    nets, (data, noise) = nets_of(model), batch(32)
+    draw = model.objective.draw(data.shape)
+    assert set(draw) - set(plain.draw(data.shape)) == {"warped", "displacement"}
+    rows = draw["warped"].flatten()
+    assert 6 < rows.sum() < 26
+    seen = []
+    critic = nets.critic.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.objective.critic_loss(nets, data, noise, 0.3, draw)
+    ours, _ = seen
+    plain.critic_loss(nets, data, noise, 0.3, draw)
+    critic.remove()
+    (real, fake), (same, generated) = ours.chunk(2), seen[2].chunk(2)
+    assert torch.equal(real, data) and torch.equal(same, data)
+    torch.testing.assert_close(fake[~rows], generated[~rows])
+    torch.testing.assert_close(fake[rows], warp(data, draw["displacement"])[rows])
+    assert (fake[rows] - data[rows]).abs().mean() < 0.9 * (generated[rows] - data[rows]).abs().mean()
+    losses = [objective.loss(nets, data, noise, 0.3, draw)[0] for objective in (model.objective, plain)]
+    assert torch.equal(*losses)
+    assert "sinha2021negative" in model.objective.citations and "sinha2021negative" not in plain.citations
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -693,6 +732,7 @@ def test_every_objective_says_what_its_options_mean_and_whom_it_cites():
         assert kind.citations, name
     known = set(re.findall(r"@\w+\{([^,\s]+),", (ROOT / "references.bib").read_text()))
     named = {key for kind in OBJECTIVES.values() for key in kind.citations}
+    named |= set(make_objective("adversarial/warped=0.5", CustomScheduler(16)).citations)
     named |= {key for keys in TIME_SAMPLINGS.values() for key in keys} | set(TRAINING) | set(SCORES)
     assert named <= known, named - known
     described = (ROOT / "writeup/methods.typ").read_text()

@@ -8,13 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.objectives.contract import Nets, Objective, eval_mode, squared_error
-from src.objectives.critics import ConvCritic, EncoderCritic, augment
+from src.objectives.critics import ConvCritic, EncoderCritic, augment, warp
 from src.objectives.rollout import in_turn, jump_times, sample_through, sampler_times
 from src.utils import UserError
 
 # NFE 1 in six of eight rows, for it has furthest to go, 2 and 4 in one; each jump of an NFE as often as its others.
 # Each eight rows in sequence have the same NFEs.
 DRAWN = [jump for i in range(4) for jump in ((1, 0), (2, i // 2), *[(1, 0)] * 3, (4, i), *[(1, 0)] * 2)]
+
+# Displacements that make lines wobble: their root mean square, as a share of the side, and the nodes a side of the
+# noise that they interpolate. Faces warped so are nearest to samples (benchmarks/LOG.md, "its lines wobble").
+WOBBLE, NODES = 0.011, 16
 
 
 @dataclass(eq=False)
@@ -37,6 +41,9 @@ class Adversarial(Objective):
         anchor, anchor_end: weight of ||u - u_teacher||^2 at the stage's begin, and at its end for the jump from noise
             to data; geometric in between, in the stage's progress times the jump's length.
         augmented: whether the critic sees augmented images.
+        warped: share of the samples that the critic learns from which are real images with wobbling lines instead,
+            what samples have and images do not (negative data augmentation, arXiv:2102.05113; benchmarks/LOG.md,
+            "its lines wobble").
     """
 
     rate: float = 0.5
@@ -47,6 +54,7 @@ class Adversarial(Objective):
     anchor: float = 1.0
     anchor_end: float = 0.02
     augmented: bool = True
+    warped: float = 0.0
 
     STEP = 0.01
     needs_teacher = True
@@ -68,19 +76,25 @@ class Adversarial(Objective):
         super().__post_init__()
         if self.critic not in ("encoder", "conv"):
             raise UserError(f"unknown critic {self.critic!r}: choose encoder or conv")
+        if self.warped:
+            self.citations += ("sinha2021negative",)
 
     def make_critic(self, model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
         return EncoderCritic(model) if self.critic == "encoder" else ConvCritic(shape)
 
     def draw(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         nfe, position = in_turn(DRAWN, shape[0]).unbind(1)
-        return {
+        draw = {
             "nfe": nfe,
             "position": position,
             "penalised": (torch.arange(shape[0]) + torch.randint(4, ())) % 4 == 0,
             "step": octave_noise(shape) * self.STEP,
             "augmentation": torch.rand(shape[0], 6),
         }
+        if self.warped:
+            draw["warped"] = torch.rand(shape[0], 1, 1, 1) < self.warped
+            draw["displacement"] = wobble(shape)
+        return draw
 
     def loss(
         self, nets: Nets, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
@@ -104,6 +118,9 @@ class Adversarial(Objective):
         nfe = draw["nfe"].to(data.device, non_blocking=True)
         with torch.no_grad():
             fake, *_ = sample_through(nets.student, noise, draw["nfe"], draw["position"])
+            if self.warped:
+                warped, displacement = (draw[k].to(data.device, non_blocking=True) for k in ("warped", "displacement"))
+                fake = torch.where(warped, warp(data, displacement), fake)
             real, fake = self._seen(data, fake, draw)
         d_real, d_fake = nets.critic(torch.cat([real, fake]), nfe.repeat(2)).chunk(2)
         loss = F.softplus(d_fake - d_real)
@@ -135,3 +152,9 @@ def octave_noise(shape: tuple[int, ...]) -> Tensor:
     z = sum(F.interpolate(torch.randn(*shape[:2], side, side), size=shape[-2:], mode="bilinear") for side in sides)
     weights = [F.interpolate(torch.eye(side)[None], size=shape[-1], mode="linear") for side in sides]
     return z / sum(w.square().sum(1).mean() ** 2 for w in weights).sqrt()  # enlarged noise has less variance
+
+
+def wobble(shape: tuple[int, ...]) -> Tensor:
+    """Smooth random displacements for `warp`, [B, 2, H, W] in shares of the side."""
+    z = F.interpolate(torch.randn(shape[0], 2, NODES, NODES), size=shape[-2:], mode="bicubic")
+    return z * (WOBBLE / z.square().mean().sqrt())

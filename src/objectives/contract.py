@@ -57,7 +57,7 @@ class Objective:
     steady: float = 1.0
 
     # What options of these names must be, in every objective that has them.
-    SHARES = ("flow", "keep", "grid", "real", "hold")
+    SHARES = ("flow", "keep", "grid", "real", "hold", "warped")
     COUNTS = ("levels", "pairs", "solver_steps", "critic_steps")
     POSITIVE = ("rate", "critic_rate", "alpha", "q", "anchor", "anchor_end", "steady")
     NOT_NEGATIVE = ("gamma", "power", "anneal")

@@ -141,3 +141,14 @@ def _shift(x: Tensor, amount: Tensor, dim: int) -> Tensor:
     inside = ((index >= 0) & (index < size)).reshape(shape)
     moved = x.gather(dim, index.clamp(0, size - 1).reshape(shape).expand_as(x))
     return torch.where(inside, moved, 0.0)
+
+
+def warp(x: Tensor, displacement: Tensor) -> Tensor:
+    """Each pixel of x [B, C, H, W] from where `displacement` [B, 2, H, W] points, in shares of the side (right, down).
+
+    Bicubic, for less blur; beyond the border lies what is on it.
+    """
+    axes = [(2 * torch.arange(size, device=x.device) + 1) / size - 1 for size in x.shape[-2:]]
+    down, right = torch.meshgrid(*axes, indexing="ij")
+    grid = torch.stack([right, down], dim=-1) + 2 * displacement.permute(0, 2, 3, 1)
+    return F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False)
