@@ -154,7 +154,7 @@ class CustomScheduler(BaseScheduler):
 
 
 def strengths(name: str, given: dict | None) -> dict[int, float]:
-    """A filter's strength for each NFE, of a config as JSON has it; UserError if one is not positive."""
+    """A sampler's setting for each NFE, of a config as JSON has it; UserError if one is not positive."""
     found = {int(nfe): float(strength) for nfe, strength in (given or {}).items()}
     for nfe, strength in found.items():
         if not 0 < strength < math.inf:

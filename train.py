@@ -219,9 +219,10 @@ def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
         return
     print(f"\nDone: {save_dir}")
     if done < recipe.num_iterations:
-        print(f"--max_minutes ended it at iteration {done} of {recipe.num_iterations}: the same command goes on")
+        print(f"--max_minutes ended it at iteration {done} of {recipe.num_iterations}: the same command goes on, "
+              f"with --save_dir {save_dir}")  # fmt: skip
     challenges = args.unet == "full" and args.image_size == 64
-    if default_dir and challenges and not TARGET.exists():
+    if default_dir and challenges and done == recipe.num_iterations and not TARGET.exists():
         print(f"{export(save_dir)} is now {TARGET}, which sampling.py takes by default")
     elif challenges:
         print(f"To make it {TARGET}, which sampling.py takes by default:\n  python -m src.submission export {save_dir}")

@@ -40,6 +40,7 @@ from src.utils import (
     load_model,
     one_line_errors,
     pick_device,
+    read_config,
     run_to_the_end,
     tensor_to_pil_image,
     weights_hash,
@@ -198,7 +199,7 @@ def main() -> None:
     start = load_model(args.start, create_custom_model, device)
     if not start.network.use_additional_condition:
         raise UserError(f"{args.start} has no extra condition, which jumps need: train it --use_additional_condition")
-    config = json.loads(Path(args.start).with_name("model_config.json").read_text())
+    config = read_config(Path(args.start).with_name("model_config.json"))
     images, data_hash = load_images(args.data_root, args.split_dir, start.image_size)
     chains = {name: parse_stages(name if ":" in name else f"{name}:1") for name in args.objectives}
 

@@ -27,7 +27,8 @@ from src.utils import UserError, one_line_errors
 TRIAL = 8  # steps of each stage
 SAVES = 5  # the machine may be taken back
 RESERVE = 0.06  # of the minutes, for those
-OURS = "stages objective num_iterations batch_size save_dir save_interval max_minutes dry_run".split()
+# What this script tells train.py itself, and what would spend the minutes on scores.
+OURS = "stages objective num_iterations batch_size save_dir save_interval max_minutes dry_run eval_interval".split()
 KEPT = "stages num_iterations save_interval".split()  # when an interrupted chain goes on
 
 

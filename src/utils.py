@@ -155,13 +155,19 @@ def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Write a folder whole or not at all: yields an empty one beside `folder`, which takes its place on success."""
     folder = Path(folder)
     temporary = _temporary(folder)
+    before = temporary.with_suffix(".old")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this one's number
     temporary.mkdir()
     try:
         yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(before)
         temporary.rename(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if before.exists() and not folder.exists():
+            before.rename(folder)
+        for leftover in (temporary, before):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def cached_array(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -257,6 +263,25 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def read_config(path: Path) -> dict:
+    """A `model_config.json`; UserError if it is missing or damaged."""
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no model config at {path}: copy there the one that was saved with the checkpoint") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(config).__name__}")
+    return config
+
+
+def refuse_own_folder(out: Path, checkpoint: Path) -> None:
+    """UserError if a model made of this checkpoint would be written over it, or over the config beside it."""
+    if out.resolve() == checkpoint.parent.resolve():
+        raise UserError(f"--out {out} is the folder of {checkpoint}, which would be lost: choose another")
+
+
 def objective_of(checkpoint: dict) -> dict[str, str]:
     """The part of a config that differs between the checkpoints of one run: a stage's objective, if they tell it."""
     config = checkpoint.get("model_config", {})
@@ -280,14 +305,7 @@ def load_model(
     checkpoint = read_checkpoint(checkpoint_path)
     beside = config_path is None
     config_path = Path(config_path or Path(checkpoint_path).with_name("model_config.json"))
-    try:
-        config = json.loads(config_path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"no model config at {config_path}: put it there, or pass --config_path") from None
-    except ValueError as error:
-        raise UserError(f"{config_path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{config_path} must hold a JSON object, not a {type(config).__name__}")
+    config = read_config(config_path)
     if beside:
         config |= objective_of(checkpoint)
 

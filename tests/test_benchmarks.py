@@ -192,6 +192,7 @@ def test_timed_chain_fits_its_steps_to_the_time(workdir, monkeypatch):
     (again,) = (dict(zip(*[iter(arguments)] * 2, strict=True)) for arguments in calls)
     assert {key: again[f"--{key}"] for key in timed_chain.KEPT} == {key: chain[f"--{key}"] for key in timed_chain.KEPT}
 
-    monkeypatch.setattr(sys, "argv", [*argv, "--batch", "8"])
-    with pytest.raises(UserError, match="--batch after -- is for this script to choose"):  # it was ignored
-        timed_chain.main()
+    for flag in ("--batch", "--eval_interval"):  # the one was ignored, the other's scores taken for speeds
+        monkeypatch.setattr(sys, "argv", [*argv, flag, "8"])
+        with pytest.raises(UserError, match=f"{flag} after -- is for this script to choose"):
+            timed_chain.main()

@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +27,7 @@ from src.evaluation.sampler import save_chosen, search_grid, search_strength
 from src.evaluation.scoring import Scorer, image_features
 from src.images import to_pixels
 from src.objectives import make_objective
-from src.utils import UserError, load_model, save_model, tensor_to_pil_image
+from src.utils import UserError, load_model, read_checkpoint, save_model, tensor_to_pil_image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -173,6 +175,9 @@ def test_commands_write_what_sampling_reads(workdir, faces, tiny_network, script
     asked = load_model("asked/model.pt", create_custom_model).scheduler
     assert asked.asking == ({2: told} if told else {}) and asked.sharpening == loaded.scheduler.sharpening
     bad = subprocess.run([*command, "--nfe", "1"], cwd=workdir, env=script_env, capture_output=True, text=True)
+    command[9] = "smooth"
+    own = subprocess.run(command, cwd=workdir, env=script_env, capture_output=True, text=True)
+    assert own.returncode == 1 and "error: --out smooth is the folder of smooth/model.pt" in own.stderr
     assert bad.returncode == 1 and "asking takes NFEs of at least 2" in bad.stderr and "Traceback" not in bad.stderr
 
 
@@ -181,6 +186,9 @@ def test_what_the_search_found_no_use_for_is_unset(workdir, randomised):
     save_model(model, "run/model.pt", {"unet": "small", "image_size": 32, "smoothing": {"1": 0.5, "2": 0.5}})
     save_chosen(model, Path("run/model.pt"), Path("out"), ("liu2023flow",), smoothing={"1": None, "4": 0.1})
     assert load_model("out/model.pt", create_custom_model).scheduler.smoothing == {2: 0.5, 4: 0.1}
+    save_chosen(model, Path("run/model.pt"), Path("none"), ("liu2023flow",), smoothing={"1": None, "2": None})
+    cited = [read_checkpoint(f"{folder}/model.pt")["provenance"].get("citations") for folder in ("out", "none")]
+    assert cited == [["liu2023flow"], None]
 
 
 def test_time_grid_command_writes_what_sampling_reads(workdir, randomised, script_env):
@@ -263,6 +271,26 @@ def test_only_the_official_network_gives_an_fid(tiny_network, monkeypatch):
     assert [name for name in room.DISTANCES.values() if name == "FID"] == ["FID"]
     monkeypatch.setitem(room.DISTANCES, network.key, "FID")
     assert room.load_features(tiny_network, device).distance == "FID"
+
+
+def test_a_network_that_did_not_come_whole_is_not_kept(tmp_path, monkeypatch):
+    class Broken(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"x" * 100)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(room, "OFFICIAL", tmp_path / "inception.pt")
+    with HTTPServer(("127.0.0.1", 0), Broken) as server:
+        threading.Thread(target=server.handle_request).start()
+        monkeypatch.setattr(room, "inception_url", f"http://127.0.0.1:{server.server_port}/inception.pt")
+        with pytest.raises(UserError, match=r"could not be downloaded \(100 of 1,000 bytes came\)"):
+            room.official_inception()
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_networks_and_images_get_one_line(folders, tmp_path, monkeypatch):

@@ -153,14 +153,32 @@ def test_leftovers_of_killed_saves_are_cleared_and_a_whole_next_checkpoint_is_us
     (workdir / "run/last.ckpt").rename(workdir / "run/next.ckpt")  # killed between two renames
     leftover = workdir / "run/.next.ckpt.123.tmp"
     leftover.write_bytes(b"half")
+    others = workdir / "run/samples/.nfe=1.123.tmp", workdir / "run/report/.report.json.123.tmp"
+    others[0].mkdir(parents=True)  # a killed sampling.py's
+    others[1].parent.mkdir()
+    others[1].write_text("of a command that may be writing it now")
     record = json.loads((workdir / "run/run.json").read_text())
     record["sessions"][0]["environment"]["commit"] = "another"
     (workdir / "run/run.json").write_text(json.dumps(record))
     run(str(faces), "run", 6)
-    assert not leftover.exists()
+    assert not leftover.exists() and all(other.exists() for other in others)
     assert "warning: run/run.json began with commit another and goes on with " in capsys.readouterr().err
     sessions = json.loads((workdir / "run/run.json").read_text())["sessions"]
     assert [one["first_step"] for one in sessions] == [0, 5]
+
+
+def test_a_run_from_before_an_option_existed_goes_on_with_its_default(faces, workdir):
+    run(str(faces), "run", 5)
+    checkpoint = torch.load("run/last.ckpt", weights_only=True)
+    options = checkpoint["training"]["identity"]["stages"][0][1]
+    later = options.pop("levels")
+    torch.save(checkpoint, "run/last.ckpt")
+    run(str(faces), "run", 6)
+    assert read_checkpoint("run/last.ckpt")["training"]["identity"]["stages"][0][1] == {**options, "levels": later}
+    options["flow"] = 0.5
+    torch.save(checkpoint, "run/last.ckpt")
+    with pytest.raises(UserError, match="belongs to another run"):
+        run(str(faces), "run", 7)
 
 
 def test_power_function_average_has_its_width():
@@ -234,6 +252,8 @@ def test_a_mixture_lies_between_a_model_and_its_start(workdir, randomised, scrip
         mix(Path("end/final_model.pt"), Path("start/int8.pt"), 1.0)
     with pytest.raises(UserError, match="mixed/final_model.pt is a mixture already"):
         mix(Path("mixed/final_model.pt"), Path("start/int8.pt"), 0.25)
+    own = subprocess.run([*command[:-1], "end", "--share", "0.25"], cwd=workdir, env=script_env, capture_output=True)
+    assert own.returncode == 1 and b"error: --out end is the folder of end/final_model.pt" in own.stderr
     with pytest.raises(UserError, match="start/int8.pt was not trained from start/int8.pt"):
         mix(Path("start/int8.pt"), Path("start/int8.pt"), 0.25)
     save_model(models[0], "start/other.pt", config, provenance={"stages": [critic]})

@@ -1,6 +1,7 @@
 """sampling.py, measure_fid.py, dataset.py and src/utils.py: the challenge's interface."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from custom_model import create_custom_model
 from dataset import SimpsonsDataModule, SimpsonsDataset, get_data_iterator
 from src.evaluation.features import Features
 from src.evaluation.reference import write_reference
-from src.utils import UserError, load_model, save_model, seed_everything, tensor_to_pil_image
+from src.utils import UserError, load_model, replacing_folder, save_model, seed_everything, tensor_to_pil_image
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"model_type": "CustomGenerativeModel", "objective": "shortcut", "unet": "small"}
@@ -49,6 +50,34 @@ def test_sampling_equals_the_contract_to_the_byte(checkpoint, workdir, script_en
             images = tensor_to_pil_image(model.sample((count, 3, 64, 64), num_inference_timesteps=nfe))
             for path, image in zip(written[start:], images, strict=False):
                 assert np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(workdir, monkeypatch):
+    folder, leftover = workdir / "images", workdir / f".images.{os.getpid()}.tmp"
+    (leftover / "stale").mkdir(parents=True)  # of a killed process that had this one's number
+
+    def write(name):
+        with replacing_folder(folder) as partial:
+            (partial / name).touch()
+
+    write("first")
+    assert [path.name for path in folder.iterdir()] == ["first"]
+    rename = Path.rename
+    for first, last in ((0, 1), (1, 2)):  # interrupted before the first rename, and between the two
+        calls = iter(range(9))
+
+        def interrupted(path, target, calls=calls, last=last, first=first):
+            if first <= next(calls) < last:
+                raise KeyboardInterrupt
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write("second")
+        assert [path.name for path in folder.iterdir()] == ["first"]
+    monkeypatch.setattr(Path, "rename", rename)
+    write("second")
+    assert [path.name for path in folder.iterdir()] == ["second"] and list(workdir.iterdir()) == [folder]
 
 
 def test_sampling_replaces_its_own_images_and_nothing_else(checkpoint, workdir, script_env):

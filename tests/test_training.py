@@ -116,6 +116,7 @@ def test_a_single_row_is_seen_among_the_curves(tmp_path):
 def test_max_minutes_ends_the_run_with_a_final_model(faces, workdir, script_env):
     result = train_script(faces, workdir, script_env, "--max_minutes", "1e-6", "--save_dir", "run")
     assert result.returncode == 0, result.stderr
+    assert "the same command goes on, with --save_dir run" in result.stdout
     assert load_model(str(workdir / "run/final_model.pt"), create_custom_model).image_size == 32
     facts = torch.load(workdir / "run/final_model.pt", weights_only=True)["provenance"]
     record = json.loads((workdir / "run/run.json").read_text())
@@ -191,6 +192,13 @@ def test_dry_run_prints_the_plan_and_trains_nothing(faces, workdir, script_env):
     assert plan["estimate"]["parameters"] == 1_652_899 and plan["data"]["images"] == 24
     assert 0 < plan["estimate"]["activations_gb"] < 1 and plan["estimate"]["hours"] > 0
     assert not (workdir / "results").exists()
+
+
+def test_a_few_images_can_be_estimated():
+    model = create_custom_model(unet="small", image_size=32)
+    images = np.zeros((5, 3, 32, 32), np.uint8)
+    stages = plan([("shortcut", 1.0)], lambda name: make_objective(name, model.scheduler), 100_000)
+    assert estimate(model, images, Recipe(batch_size=2), stages, World())["hours"] > 0
 
 
 @pytest.mark.parametrize(

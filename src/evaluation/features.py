@@ -41,6 +41,9 @@ def official_inception() -> Path:
             with replacing(OFFICIAL) as temporary, urllib.request.urlopen(inception_url, timeout=60) as response:
                 with temporary.open("wb") as file:
                     shutil.copyfileobj(response, file)
+                size, whole = temporary.stat().st_size, response.headers["Content-Length"]
+                if whole is not None and size != int(whole):  # which reading to the end does not tell
+                    raise OSError(f"{size:,} of {int(whole):,} bytes came")
         except OSError as error:
             raise UserError(
                 f"the FID's Inception network could not be downloaded ({error}): put {inception_url} at {OFFICIAL}, "

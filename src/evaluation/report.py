@@ -27,6 +27,7 @@ from src.utils import (
     load_model,
     pick_device,
     read_checkpoint,
+    read_config,
     replacing,
     tensor_to_pil_image,
     weights_hash,
@@ -59,7 +60,7 @@ class Model:
         self.net = load_model(checkpoint, create_custom_model, device)
         self.net.network.to(memory_format=torch.channels_last)  # samples an eighth faster on CPUs, too
         self.features, self.device, self.count, self.bf16 = features, device, count, bf16 and has_bf16(device)
-        config = json.loads(Path(checkpoint).with_name("model_config.json").read_text())
+        config = read_config(Path(checkpoint).with_name("model_config.json"))
         for name in ("smoothing", "sharpening", "objective"):  # a checkpoint tells its own objective
             config.pop(name, None)
         digest = hashlib.sha256(json.dumps([config, self.bf16], sort_keys=True).encode())

@@ -2,7 +2,6 @@
 network for, and its filters."""
 
 import copy
-import json
 import math
 from pathlib import Path
 
@@ -17,7 +16,16 @@ from src.evaluation.distances import frechet_distance
 from src.evaluation.features import load_features, official_inception
 from src.evaluation.scoring import Data, draw_samples, image_features
 from src.objectives import make_objective
-from src.utils import UserError, load_model, objective_of, read_checkpoint, save_model, tensor_to_pil_image
+from src.utils import (
+    UserError,
+    load_model,
+    objective_of,
+    read_checkpoint,
+    read_config,
+    refuse_own_folder,
+    save_model,
+    tensor_to_pil_image,
+)
 
 REFERENCE_STEPS = 64  # Euler steps to the ends that few steps should reach as well
 # What a setting's strength is called, those to choose from, and keys of references.bib.
@@ -133,6 +141,7 @@ def choose_strength(
         data: folder of the images, and of the split files.
         features: a TorchScript network; None: the official one, of the FID.
     """
+    refuse_own_folder(out, checkpoint)
     strength, _, citations = SETTINGS[name]
     least = 2 if name == "asking" else 1  # one jump goes all the way from t = 1
     if min(nfes) < least or count < 8:
@@ -155,6 +164,7 @@ def choose_grids(checkpoint: Path, out: Path, nfes: list[int], count: int, seed:
 
     In a folder of their own, because a grid belongs to the weights it was searched for.
     """
+    refuse_own_folder(out, checkpoint)
     if min(nfes) < 2:
         raise UserError(f"NFE {min(nfes)} has no times to choose: search from NFE 2 on")
     model = load_model(checkpoint, create_custom_model, device)
@@ -170,13 +180,18 @@ def choose_grids(checkpoint: Path, out: Path, nfes: list[int], count: int, seed:
 
 
 def save_chosen(model, checkpoint: Path, out: Path, citations: tuple[str, ...], **settings: dict) -> None:
-    """Write a checkpoint's weights to `out`; in its config these settings by NFE go over its own, None unsets."""
+    """Write a checkpoint's weights to `out`; in its config these settings by NFE go over its own, None unsets.
+
+    Args:
+        citations: of the settings, if any NFE has one.
+    """
     saved = read_checkpoint(checkpoint)
     provenance = dict(saved.get("provenance", {}))
-    provenance["citations"] = list(dict.fromkeys([*provenance.get("citations", []), *citations]))
-    config = json.loads(checkpoint.with_name("model_config.json").read_text()) | objective_of(saved)
+    config = read_config(checkpoint.with_name("model_config.json")) | objective_of(saved)
     for name, chosen in settings.items():
         merged = {**(config.get(name) or {}), **chosen}
         config[name] = {nfe: value for nfe, value in merged.items() if value is not None}
+    if any(config[name] for name in settings):
+        provenance["citations"] = list(dict.fromkeys([*provenance.get("citations", []), *citations]))
     save_model(model, out / checkpoint.name, config, provenance=provenance)
     print(f"written to {out}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src.submission.base_code import MANIFEST, faults, sha256
 from src.training.export import TARGET
-from src.utils import NFES, UserError, objective_of, read_checkpoint, write_json
+from src.utils import NFES, UserError, objective_of, read_checkpoint, read_config, write_json
 
 SCRIPTS = ("custom_model.py", "train.py", "dataset.py", "sampling.py", "measure_fid.py")
 FROZEN = [name for name, official in MANIFEST.items() if official["frozen"]]
@@ -55,7 +55,7 @@ def lay_out(root: Path, tree: Path, checkpoint: Path, writeup: Path | None) -> b
 
     config = tree / CONFIG
     if config.is_file() and checkpoint.is_file() and checkpoint.resolve() != (root / TARGET).resolve():
-        write_json(config, json.loads(config.read_text()) | objective_of(read_checkpoint(checkpoint)))
+        write_json(config, read_config(config) | objective_of(read_checkpoint(checkpoint)))
 
     official = root / "base_code"
     if not official.is_dir():

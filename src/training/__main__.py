@@ -1,7 +1,6 @@
 """python -m src.training ema | mix: weights between those that were trained."""
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -12,6 +11,8 @@ from src.utils import (
     objective_of,
     one_line_errors,
     read_checkpoint,
+    read_config,
+    refuse_own_folder,
     restore_quantised,
     write_json,
     writing_checkpoint,
@@ -29,7 +30,8 @@ def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict, d
     if not 0.01 <= sigma_rel <= 0.25:
         raise UserError(f"--sigma_rel must lie between 0.01 and 0.25, got {sigma_rel}")
     steps = sorted(int(path.stem) for path in (run / "averages").glob("*.pt"))
-    step = step or (steps[-1] if steps else 0)
+    if step is None:
+        step = steps[-1] if steps else 0
     steps = [kept for kept in steps if kept <= step]
     if not steps or steps[-1] != step:
         raise UserError(f"{run}/averages holds none of step {step}: its steps are {steps or 'none'}")
@@ -68,10 +70,7 @@ def mix(end: Path, start: Path, share: float) -> dict:
     if not 0 < share < 1:
         raise UserError(f"--share must lie between 0 and 1, got {share}")
     saved, other = read_checkpoint(end), read_checkpoint(start)
-    try:
-        config = json.loads(end.with_name("model_config.json").read_text())
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{end.with_name('model_config.json')} is missing or no JSON: {error}") from None
+    config = read_config(end.with_name("model_config.json"))
     states = [checkpoint.get("state_dict", checkpoint) for checkpoint in (saved, other)]
     for state in states:
         restore_quantised(state)
@@ -109,6 +108,7 @@ def write_average(args: argparse.Namespace) -> None:
 
 
 def write_mixture(args: argparse.Namespace) -> None:
+    refuse_own_folder(args.out, args.end)
     mixed, target = mix(args.end, args.start, args.share), args.out / "final_model.pt"
     with writing_checkpoint(target) as temporary:
         torch.save(mixed, temporary)

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from src.objectives import options_of, parse_objective
 from src.utils import UserError, read_checkpoint, save_model, writing_checkpoint
 
 LAST, NEXT, PREVIOUS = "last.ckpt", "next.ckpt", "previous.ckpt"
@@ -55,6 +56,10 @@ def _training_checkpoint(path: Path) -> dict:
 
 
 def _refuse_changes(path: Path, before: dict, now: dict) -> None:
+    # An option that did not exist yet had the effect of its default.
+    defaults = {name: options_of(parse_objective(name)[0]) for name, *_ in now["stages"]}
+    stages = [[name, {**defaults.get(name, {}), **options}, *steps] for name, options, *steps in before["stages"]]
+    before = {**before, "stages": stages}
     changed = [
         f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
         for name in {**before, **now}
@@ -65,8 +70,8 @@ def _refuse_changes(path: Path, before: dict, now: dict) -> None:
 
 
 def clear_leftovers(save_dir: Path) -> None:
-    """Delete what a process that was killed while writing left in a run's folder."""
-    for path in save_dir.rglob(".*.tmp"):
+    """Delete what a training that was killed while writing left; other commands write into folders of their own."""
+    for path in [*save_dir.glob(".*.tmp"), *save_dir.glob("averages/.*.tmp")]:
         path.unlink()
 
 

@@ -19,7 +19,7 @@ def estimate(model, images: np.ndarray, recipe: Recipe, stages: list[Stage], wor
     own; activations are measured as what autograd keeps for one image. Time and activations are those of uncompiled
     steps: upper bounds where the engine compiles.
     """
-    count = 8
+    count = min(8, len(images))
     few = replace(recipe, batch_size=count, micro_batch=0)
     at_once = recipe.batch_size // world.size // recipe.slices(len(images), world)
     parameters = sum(p.numel() for p in model.parameters())

@@ -1,6 +1,5 @@
 """Put a run's chosen model where the challenge's scripts, and a submission, look for it."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from src.utils import (
     objective_of,
     quantised,
     read_checkpoint,
+    read_config,
     restore_quantised,
     write_json,
     writing_checkpoint,
@@ -36,10 +36,7 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
         raise UserError(f"{run} holds none of {', '.join(CHOICES)}: is it a folder that train.py wrote?")
     source = run / names[0]
     saved = read_checkpoint(source)
-    try:
-        config = json.loads((run / "model_config.json").read_text())
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{run / 'model_config.json'} is missing or no JSON: {error}") from None
+    config = read_config(run / "model_config.json")
     for name, value in FORBIDDEN.items():
         if config.get(name) == value and target == TARGET:
             raise UserError(f"{source} was trained with {name}={value!r}, which no submission may use")
