@@ -220,9 +220,16 @@ def save_model(
         config_path: default: `model_config.json` beside the checkpoint.
         extra: further tensors and JSON types to keep in the checkpoint.
     """
-    write_json(config_path or Path(checkpoint_path).with_name("model_config.json"), model_config)
-    with writing_checkpoint(checkpoint_path) as temporary:
-        torch.save({"state_dict": model.state_dict(), "model_config": model_config, **extra}, temporary)
+    save_weights(model.state_dict(), checkpoint_path, model_config, config_path, **extra)
+
+
+def save_weights(
+    state: dict[str, Tensor], path: str | os.PathLike, model_config: dict, config_path: str | None = None, **extra
+) -> None:
+    """`save_model` of a state dict."""
+    write_json(config_path or Path(path).with_name("model_config.json"), model_config)
+    with writing_checkpoint(path) as temporary:
+        torch.save({"state_dict": state, "model_config": model_config, **extra}, temporary)
 
 
 SCALE = "::scale"  # what the name of an 8-bit weight's scales ends with

@@ -16,7 +16,7 @@ from toy import MLP, distances, one_stage, train_on_mixture
 
 from custom_model import TIME_SAMPLINGS, CustomGenerativeModel, CustomScheduler, create_custom_model
 from src.evaluation.report import CITATIONS as SCORES
-from src.objectives import OBJECTIVES, make_objective, options_of, parse_objective, parse_stages
+from src.objectives import OBJECTIVES, make_objective, parse_objective, parse_stages
 from src.objectives.adversarial import DRAWN, WOBBLE, octave_noise, wobble
 from src.objectives.contract import Nets
 from src.objectives.critics import ConvCritic, augment, warp
@@ -727,7 +727,7 @@ def test_a_teacher_without_velocity_is_refused(name):
 def test_every_objective_says_what_its_options_mean_and_whom_it_cites():
     for name, kind in OBJECTIVES.items():
         told = "".join(base.__doc__ or "" for base in kind.__mro__)
-        for option in options_of(kind):
+        for option in kind.defaults():
             assert option in told, (name, option)
         assert kind.citations, name
     known = set(re.findall(r"@\w+\{([^,\s]+),", (ROOT / "references.bib").read_text()))

@@ -87,7 +87,7 @@ def finished_run(workdir, randomised):
 def test_export_takes_the_best_model_and_nothing_else(finished_run, workdir, dtype):
     assert export(finished_run, dtype=dtype).name == "best_model.pt"
     saved = torch.load(workdir / "checkpoints/best_model.pt", weights_only=True)
-    assert set(saved) == {"state_dict", "provenance"} and saved["provenance"] == {"step": 2}
+    assert set(saved) == {"state_dict", "model_config", "provenance"} and saved["provenance"] == {"step": 2}
     assert getattr(torch, dtype) in {value.dtype for value in saved["state_dict"].values()}
     assert export(finished_run, "final_model.pt", dtype).name == "final_model.pt"
 

@@ -13,7 +13,7 @@ from src.evaluation.report import SWEEP, report
 from src.evaluation.sampler import SEARCH_SEED, choose_grids, choose_strength
 from src.evaluation.speed import speed
 from src.images import DATA_ROOT, read_rgb, split_paths, to_pixels
-from src.utils import NFES, one_line_errors, pick_device
+from src.utils import NFES, UserError, one_line_errors, pick_device
 
 FEATURES = "TorchScript network; left out, the official Inception network, for the FID"
 
@@ -30,6 +30,8 @@ def score(args: argparse.Namespace) -> None:
 
 
 def reference(args: argparse.Namespace) -> None:
+    if args.size < 1:
+        raise UserError(f"--size {args.size}: at least 1 pixel")
     images = [read_rgb(path) for path in split_paths(args.data_root, args.split, args.split_dir)]
     write_reference(list(map(to_pixels(args.size), images)), args.out)
 

@@ -1,7 +1,5 @@
 """The training objectives, and how a stage of training is written: `name/option=value/...`, `name:share,name:share`."""
 
-from dataclasses import fields
-
 from src.objectives.adversarial import Adversarial
 from src.objectives.alpha_flow import AlphaFlow
 from src.objectives.consistency import Consistency
@@ -28,11 +26,6 @@ OBJECTIVES = {
 }
 
 
-def options_of(kind: type[Objective]) -> dict[str, object]:
-    """The options of an objective's class, with their defaults."""
-    return {field.name: field.default for field in fields(kind) if field.name != "scheduler"}
-
-
 def parse_objective(text: str) -> tuple[type[Objective], dict]:
     """The class and the options of `name/option=value/...`.
 
@@ -41,7 +34,7 @@ def parse_objective(text: str) -> tuple[type[Objective], dict]:
     name, *settings = text.split("/")
     if name not in OBJECTIVES:
         raise UserError(f"unknown objective {name!r}: choose one of {', '.join(OBJECTIVES)}")
-    defaults = options_of(OBJECTIVES[name])
+    defaults = OBJECTIVES[name].defaults()
     options = {}
     for setting in settings:
         key, _, value = setting.partition("=")

@@ -84,9 +84,15 @@ class Objective:
                 if field.name in names and not fits(getattr(self, field.name)):
                     raise UserError(f"the option {field.name} must {wish}, got {getattr(self, field.name)}")
 
+    @classmethod
+    def defaults(cls) -> dict:
+        """All options and their defaults. An option that is added later must change nothing by default: a run from
+        before it goes on with that."""
+        return {field.name: field.default for field in fields(cls) if field.name != "scheduler"}
+
     def options(self) -> dict:
         """All options and their values."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "scheduler"}
+        return {name: getattr(self, name) for name in self.defaults()}
 
     def fall(self, progress: float) -> float:
         """What the rates are multiplied with at this share of the stage."""

@@ -14,7 +14,7 @@ from src.utils import (
     read_config,
     refuse_own_folder,
     restore_quantised,
-    write_json,
+    save_weights,
     writing_checkpoint,
 )
 
@@ -110,9 +110,7 @@ def write_average(args: argparse.Namespace) -> None:
 def write_mixture(args: argparse.Namespace) -> None:
     refuse_own_folder(args.out, args.end)
     mixed, target = mix(args.end, args.start, args.share), args.out / "final_model.pt"
-    with writing_checkpoint(target) as temporary:
-        torch.save(mixed, temporary)
-    write_json(target.with_name("model_config.json"), mixed["model_config"])
+    save_weights(mixed["state_dict"], target, mixed["model_config"], provenance=mixed["provenance"])
     print(f"{target}: python sampling.py --ckpt_path {target}")
 
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from src.objectives import options_of, parse_objective
 from src.utils import UserError, read_checkpoint, save_model, writing_checkpoint
 
 LAST, NEXT, PREVIOUS = "last.ckpt", "next.ckpt", "previous.ckpt"
@@ -24,11 +23,12 @@ def save_last(save_dir: Path, model: nn.Module, model_config: dict, **state) -> 
     os.replace(following, save_dir / LAST)
 
 
-def load_last(save_dir: Path, identity: dict) -> dict | None:
+def load_last(save_dir: Path, identity: dict, defaults: dict[str, dict]) -> dict | None:
     """The newest good checkpoint of a run, or None if there is none at all.
 
     Args:
         identity: the settings that make a run this run.
+        defaults: of the options of its stages' objectives, by the stages' names.
     Raises: UserError if all checkpoints are damaged or foreign, or belong to a run with other settings.
     """
     paths = [save_dir / name for name in (LAST, NEXT, PREVIOUS) if (save_dir / name).exists()]
@@ -39,7 +39,7 @@ def load_last(save_dir: Path, identity: dict) -> dict | None:
         except UserError as fault:
             faults.append(str(fault))
             continue
-        _refuse_changes(path, checkpoint["training"]["identity"], identity)
+        _refuse_changes(path, checkpoint["training"]["identity"], identity, defaults)
         for fault in faults:
             print(f"warning: {fault}; going on from {path} instead", file=sys.stderr)
         return checkpoint
@@ -55,9 +55,8 @@ def _training_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def _refuse_changes(path: Path, before: dict, now: dict) -> None:
+def _refuse_changes(path: Path, before: dict, now: dict, defaults: dict[str, dict]) -> None:
     # An option that did not exist yet had the effect of its default.
-    defaults = {name: options_of(parse_objective(name)[0]) for name, *_ in now["stages"]}
     stages = [[name, {**defaults.get(name, {}), **options}, *steps] for name, options, *steps in before["stages"]]
     before = {**before, "stages": stages}
     changed = [

@@ -484,7 +484,8 @@ def train(
         "stages": written,
         **settings,
     }
-    checkpoint = world.from_rank_0(lambda: load_last(save_dir, identity))
+    defaults = {stage.name: stage.objective.defaults() for stage in stages}
+    checkpoint = world.from_rank_0(lambda: load_last(save_dir, identity, defaults))
     if checkpoint:
         training.restore(checkpoint)
         del checkpoint

@@ -11,8 +11,7 @@ from src.utils import (
     read_checkpoint,
     read_config,
     restore_quantised,
-    write_json,
-    writing_checkpoint,
+    save_weights,
 )
 
 TARGET = Path("checkpoints/best_model.pt")
@@ -48,7 +47,5 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
         state = quantised(state)
     else:
         state = {name: value.to(DTYPES[dtype]) for name, value in state.items()}
-    with writing_checkpoint(target) as temporary:
-        torch.save({"state_dict": state, "provenance": saved.get("provenance", {})}, temporary)
-    write_json(target.with_name("model_config.json"), {**config, **objective_of(saved)})
+    save_weights(state, target, {**config, **objective_of(saved)}, provenance=saved.get("provenance", {}))
     return source
