@@ -161,6 +161,7 @@ def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         if folder.exists():
+            shutil.rmtree(before, ignore_errors=True)
             folder.rename(before)
         temporary.rename(folder)
     finally:

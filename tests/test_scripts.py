@@ -54,7 +54,8 @@ def test_sampling_equals_the_contract_to_the_byte(checkpoint, workdir, script_en
 
 def test_a_folder_is_replaced_whole_or_not_at_all(workdir, monkeypatch):
     folder, leftover = workdir / "images", workdir / f".images.{os.getpid()}.tmp"
-    (leftover / "stale").mkdir(parents=True)  # of a killed process that had this one's number
+    for suffix in (".tmp", ".old"):  # of a killed process that had this one's number
+        (leftover.with_suffix(suffix) / "stale").mkdir(parents=True)
 
     def write(name):
         with replacing_folder(folder) as partial:
