@@ -21,6 +21,7 @@ from toy import GaussianField
 from custom_model import CustomGenerativeModel, CustomScheduler, blurred, create_custom_model
 from dataset import SimpsonsDataModule
 from src.evaluation import features as room
+from src.evaluation.__main__ import main
 from src.evaluation.distances import frechet_distance
 from src.evaluation.reference import write_reference
 from src.evaluation.sampler import save_chosen, search_grid, search_strength
@@ -321,6 +322,9 @@ def test_missing_networks_and_images_get_one_line(folders, tmp_path, monkeypatch
         room.image_files(folders / "empty")
     with pytest.raises(UserError, match="not empty"):
         write_reference([], folders / "val")
+    monkeypatch.setattr(sys, "argv", ["src.evaluation", "reference", "--out", "small", "--size", "0"])
+    with pytest.raises(UserError, match="--size 0: at least 1 pixel"):
+        main()
 
 
 def test_scores_in_memory_are_those_of_the_written_folders(folders, faces, tiny_network):

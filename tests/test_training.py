@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from PIL import Image
 from toy import one_stage
 
 import train as train_py
-from custom_model import create_custom_model
+from custom_model import UNETS, create_custom_model
 from src.images import to_pixels
 from src.module import AttnBlock, ResBlock
 from src.objectives import make_objective, parse_stages
@@ -123,6 +124,23 @@ def test_max_minutes_ends_the_run_with_a_final_model(faces, workdir, script_env)
     done = record["iterations"]  # a model says what it was trained with, not what was planned
     assert 0 < done < 4 and [stage["steps"] for stage in record["stages"]] == [done]
     assert facts["stages"] == record["stages"]
+
+
+def test_only_a_finished_model_of_the_challenges_kind_becomes_the_released_one(faces, workdir, monkeypatch):
+    monkeypatch.setitem(UNETS, "full", UNETS["small"])  # by its name the challenge's
+    command = ["train.py", "--data_root", str(faces), "--split_dir", str(faces), "--device", "cpu", "--batch_size", "2"]
+    command += ["--num_iterations", "2"]
+    released = workdir / "checkpoints/best_model.pt"
+    monkeypatch.setattr(sys, "argv", [*command, "--max_minutes", "1e-6"])
+    train_py.main()
+    (run,) = Path("results").iterdir()
+    assert (run / "final_model.pt").exists() and not released.exists()
+    shutil.rmtree("results")
+    monkeypatch.setattr(sys, "argv", command)
+    train_py.main()
+    (run,) = Path("results").iterdir()
+    of_run, of_all = (torch.load(path, weights_only=True)["state_dict"] for path in (run / "final_model.pt", released))
+    assert all(torch.equal(of_run[key], of_all[key]) for key in of_run)
 
 
 def test_interrupted_run_saves_and_goes_on(faces, workdir, script_env):
