@@ -17,7 +17,7 @@ from toy import MLP, distances, one_stage, train_on_mixture
 from custom_model import TIME_SAMPLINGS, CustomGenerativeModel, CustomScheduler, create_custom_model
 from src.evaluation.report import CITATIONS as SCORES
 from src.objectives import OBJECTIVES, make_objective, parse_objective, parse_stages
-from src.objectives.adversarial import DRAWN, WOBBLE, octave_noise, wobble
+from src.objectives.adversarial import DRAWN, WOBBLE, feature_gap, octave_noise, wobble
 from src.objectives.contract import Nets
 from src.objectives.critics import ConvCritic, augment, warp
 from src.objectives.rollout import in_turn, roll_out, sample_through
@@ -128,6 +128,8 @@ def test_a_step_never_waits_for_its_device_nor_mixes_devices(name, monkeypatch):
     """On the meta device, which has shapes and no numbers: reading one, or joining tensors of two devices, fails."""
     if name == "reflow":
         pytest.skip("its pairs are numbers")
+    if name == "adversarial/warped=0.25":
+        name += "/matching=1"  # of 16 images or more
     model = create_custom_model(
         objective="rectified_flow", use_additional_condition=True, unet="small", image_size=32
     ).to("meta")
@@ -135,7 +137,7 @@ def test_a_step_never_waits_for_its_device_nor_mixes_devices(name, monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **options: adamw(*args, foreach=True, **options))
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # there is none for meta
     stages = plan([(name, 1.0)], lambda name: make_objective(name, model.scheduler), 2)
-    training = Training(model, np.zeros((32, 3, 32, 32), np.uint8), Recipe(batch_size=8), stages)
+    training = Training(model, np.zeros((32, 3, 32, 32), np.uint8), Recipe(batch_size=16), stages)
     logs, norm = training.step()
     assert {tensor.device.type for tensors in logs.values() for tensor in tensors} == {norm.device.type} == {"meta"}
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
@@ -148,7 +150,7 @@ def test_a_step_never_waits_for_its_device_nor_mixes_devices(name, monkeypatch):
         ("shortcut", 1),
         ("alpha_flow", 1),
         ("adversarial/critic=conv/augmented=false", 7),
-        ("adversarial/critic=conv/augmented=false/warped=0.25", 7),
+        ("adversarial/critic=conv/augmented=false/warped=0.25/matching=1", 7),
         ("distribution_matching", 3),
     ],
 )
@@ -521,7 +523,7 @@ def test_each_stage_learns_from_the_average_that_the_one_before_left():
 def test_losses_and_penalty_of_a_linear_critic(randomised):
     class Linear(torch.nn.Module):
         def forward(self, x, nfe):
-            return 0.01 * nfe * x.sum((1, 2, 3))
+            return 0.01 * nfe * x.sum((1, 2, 3)), x.flatten(1)
 
     objective = "adversarial/gamma=0.3/augmented=false"
     model = randomised(create_custom_model(objective=objective, unet="small", image_size=32))
@@ -550,14 +552,14 @@ def test_each_nfe_is_judged_by_a_last_layer_of_its_own(kind, randomised):
     model = randomised(create_custom_model(objective=f"adversarial/critic={kind}", unet="small", image_size=32))
     critic = nets_of(model).critic
     x, nfe = batch(6)[0], torch.tensor([4, 1, 2, 1, 4, 2])
-    before = critic(x, nfe)
+    before, _ = critic(x, nfe)
     for image, k, judged in zip(x, nfe, before, strict=True):  # whoever else is in the batch
-        torch.testing.assert_close(critic(image[None], k[None]), judged[None], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(critic(image[None], k[None])[0], judged[None], rtol=1e-4, atol=1e-4)
     last = [critic.tail] if kind == "conv" else [head[-1] for head in critic.heads]
     with torch.no_grad():
         for layer in last:
             layer.weight[2] += 1
-    assert torch.equal(critic(x, nfe) != before, nfe == 4)
+    assert torch.equal(critic(x, nfe)[0] != before, nfe == 4)
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -623,7 +625,7 @@ def test_augmentation_is_differentiable_and_treats_pixels_alike():
 def test_a_critics_gradient_does_not_depend_on_how_threads_race():
     critic = ConvCritic((3, 32, 32))
     x, nfe = batch(32)[0], torch.tensor([1, 2, 4, 1]).repeat(8)
-    last = [torch.autograd.grad(critic(x, nfe).sum(), critic.tail.weight)[0] for _ in range(10)]
+    last = [torch.autograd.grad(critic(x, nfe)[0].sum(), critic.tail.weight)[0] for _ in range(10)]
     assert all(torch.equal(gradient, last[0]) for gradient in last)
 
 
@@ -637,6 +639,42 @@ def test_a_warp_moves_pixels_smoothly_from_where_its_displacements_point():
         moved = wobble((64, 3, size, size))
         assert moved.square().mean().sqrt().item() == pytest.approx(WOBBLE)
         assert moved.diff(dim=-1).square().mean() < moved.square().mean()  # twice of it in white noise
+
+
+def test_a_feature_gap_is_that_of_the_means_alone():
+    """Unbiased, whatever the spread; 0 on average where the means agree; the same NFEs in both halves."""
+    generator = torch.Generator().manual_seed(0)
+
+    def gaps(shift, spread):
+        z = torch.randn(2, 2000, 32, 4, generator=generator) * torch.tensor([1.0, 2.0, 3.0, 0.1])
+        return torch.stack([feature_gap(real, spread * fake + shift) for real, fake in zip(*z, strict=True)])
+
+    expected = 0.25 * sum(1 / v**2 for v in (1, 2, 3)) / 4  # each variance's inverse is 31 / 29 too large on average
+    for spread in (0.5, 1, 2):
+        gap = gaps(torch.tensor([0.5, 0.5, 0.5, 0.0]), spread)
+        assert gap.mean().item() == pytest.approx(expected * 31 / 29, abs=0.01)
+        gap = gaps(0.0, spread)
+        assert abs(gap.mean()) < 4 * gap.std() / 2000**0.5 and 0.3 < (gap < 0).float().mean() < 0.7
+    nfe = in_turn(DRAWN, 32)[:, 0]
+    first = torch.arange(32) // 8 % 2 == 0
+    assert torch.equal(nfe[first].sort().values, nfe[~first].sort().values)
+
+
+@pytest.mark.parametrize("critic", ["encoder", "conv"])
+def test_matching_moves_the_student_toward_the_means_of_the_critics_features(critic, randomised):
+    model = randomised(create_custom_model(objective=f"adversarial/critic={critic}", unet="small", image_size=32))
+    matched = make_objective(f"adversarial/critic={critic}/matching=3", model.scheduler)
+    nets, (data, noise) = nets_of(model), batch(16)
+    draw = model.objective.draw(data.shape)
+    (plain, _), (loss, logs) = (o.loss(nets, data, noise, 0.3, draw) for o in (model.objective, matched))
+    gap = logs["feature_gap"][0]
+    torch.testing.assert_close(loss - plain, (3 * gap).expand(16), rtol=1e-3, atol=1e-3)
+    (loss - plain).mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 1e-4 * p.grad / p.grad.norm().clamp(min=1e-12)
+        assert matched.loss(nets, data, noise, 0.3, draw)[1]["feature_gap"][0] < gap
 
 
 @torch.no_grad()
@@ -732,7 +770,7 @@ def test_every_objective_says_what_its_options_mean_and_whom_it_cites():
         assert kind.citations, name
     known = set(re.findall(r"@\w+\{([^,\s]+),", (ROOT / "references.bib").read_text()))
     named = {key for kind in OBJECTIVES.values() for key in kind.citations}
-    named |= set(make_objective("adversarial/warped=0.5", CustomScheduler(16)).citations)
+    named |= set(make_objective("adversarial/warped=0.5/matching=1", CustomScheduler(16)).citations)
     named |= {key for keys in TIME_SAMPLINGS.values() for key in keys} | set(TRAINING) | set(SCORES)
     assert named <= known, named - known
     described = (ROOT / "writeup/methods.typ").read_text()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -295,6 +296,11 @@ def test_slices_fit_the_micro_batch_and_are_equal():
     assert Recipe(batch_size=96).slices(1000, World()) == 1
     with pytest.raises(UserError, match="does not split over 5 processes"):
         recipe.slices(1000, World(size=5))
+    make = partial(make_objective, scheduler=create_custom_model(unet="small").scheduler)
+    stages = plan([("rectified_flow", 0.5), ("adversarial/matching=1", 0.5)], make, 2)
+    assert recipe.slices(1000, World(), stages) == 6  # of 16
+    with pytest.raises(UserError, match="matching=1 wants 16 images at once or more, not 12: raise --micro_batch"):
+        recipe.slices(1000, World(size=8), stages)
 
 
 def test_memory_estimate_counts_what_autograd_keeps():

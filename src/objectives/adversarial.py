@@ -33,6 +33,9 @@ class Adversarial(Objective):
     sees colour. An anchor holds one of the jumps near that of the model the stage began with, and lets go, of long
     jumps more than of short ones, which that model takes well already. Student and critic are without dropout.
 
+    `matching` adds what the critic's judgement leaves out: that all its features should have the same mean over samples
+    as over real images (arXiv:1606.03498, section 3.1), see `feature_gap`.
+
     Args:
         critic: "encoder", the way down of the stage's first model, or "conv", a small net from scratch.
         critic_rate: multiple of the run's learning rate, for the critic.
@@ -44,6 +47,8 @@ class Adversarial(Objective):
         warped: share of the samples that the critic learns from which are real images with wobbling lines instead,
             what samples have and images do not (negative data augmentation, arXiv:2102.05113; benchmarks/LOG.md,
             "its lines wobble").
+        matching: weight of the `feature_gap` in the student's loss; its gradient is the same on average, not exactly,
+            in smaller slices of the batch or over more processes.
     """
 
     rate: float = 0.5
@@ -55,6 +60,7 @@ class Adversarial(Objective):
     anchor_end: float = 0.02
     augmented: bool = True
     warped: float = 0.0
+    matching: float = 0.0
 
     STEP = 0.01
     needs_teacher = True
@@ -78,6 +84,9 @@ class Adversarial(Objective):
             raise UserError(f"unknown critic {self.critic!r}: choose encoder or conv")
         if self.warped:
             self.citations += ("sinha2021negative",)
+        if self.matching:
+            self.citations += ("salimans2016improved",)
+            self.at_once = 16
 
     def make_critic(self, model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
         return EncoderCritic(model) if self.critic == "encoder" else ConvCritic(shape)
@@ -106,11 +115,17 @@ class Adversarial(Objective):
         with torch.no_grad(), eval_mode(nets.teacher):
             anchor = nets.teacher.velocity(x_t, t, s)
         real, fake = self._seen(data, fake, draw)
-        adversarial = F.softplus(nets.critic(real, nfe) - nets.critic(fake, nfe))
+        (d_real, seen_real), (d_fake, seen_fake) = nets.critic(real, nfe), nets.critic(fake, nfe)
+        adversarial = F.softplus(d_real - d_fake)
         held = squared_error(u, anchor)
         weight = self.anchor * (self.anchor_end / self.anchor) ** (progress * (t - s))
         logs = {"loss_adversarial": adversarial.detach(), "anchor": held.detach()}
-        return adversarial / nfe.sqrt() + weight * held, logs
+        loss = adversarial / nfe.sqrt() + weight * held
+        if self.matching:
+            gap = feature_gap(seen_real, seen_fake)
+            logs["feature_gap"] = gap.detach().expand(len(loss))
+            loss = loss + self.matching * gap
+        return loss, logs
 
     def critic_loss(
         self, nets: Nets, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
@@ -122,7 +137,7 @@ class Adversarial(Objective):
                 warped, displacement = (draw[k].to(data.device, non_blocking=True) for k in ("warped", "displacement"))
                 fake = torch.where(warped, warp(data, displacement), fake)
             real, fake = self._seen(data, fake, draw)
-        d_real, d_fake = nets.critic(torch.cat([real, fake]), nfe.repeat(2)).chunk(2)
+        d_real, d_fake = nets.critic(torch.cat([real, fake]), nfe.repeat(2))[0].chunk(2)
         loss = F.softplus(d_fake - d_real)
         rows = draw["penalised"].nonzero().squeeze(1).to(data.device, non_blocking=True)
         step = draw["step"].to(data.device, non_blocking=True)[rows]
@@ -131,7 +146,7 @@ class Adversarial(Objective):
             x = torch.cat([real[rows], fake[rows]])
             moved = x + torch.cat([step, step])
             with torch.autocast(data.device.type, enabled=False):  # bfloat16 would round the differences away
-                before, after = nets.critic(torch.cat([x, moved]), nfe[rows].repeat(4)).chunk(2)
+                before, after = nets.critic(torch.cat([x, moved]), nfe[rows].repeat(4))[0].chunk(2)
             steepness = ((after - before) / self.STEP).square().reshape(2, -1).sum(0)
             loss = loss.index_add(0, rows, 4 * self.gamma / 2 * steepness)  # of every fourth
         right = (d_real > d_fake).float()
@@ -143,6 +158,24 @@ class Adversarial(Objective):
             return real, fake
         drawn = draw["augmentation"].to(real.device, non_blocking=True)
         return augment(real, drawn), augment(fake, drawn)
+
+
+def feature_gap(real: Tensor, fake: Tensor) -> Tensor:
+    """How far the means of features [B, D] of real and generated images lie apart: squared, in units of each feature's
+    variance over the real ones, averaged over features.
+
+    The square is the product of two halves' differences. So its expectation is that of the means themselves; a square
+    would have the samples vary less. Rows change halves by eights, so that both halves have the same NFEs (`DRAWN`):
+    halves of unlike NFEs could be told to differ with opposite signs. It is 0 on average where nothing is left, and
+    then as often negative.
+
+    Args:
+        real, fake: of 16 images or more.
+    """
+    first = (torch.arange(len(real), device=real.device)[:, None] // 8 % 2 == 0).float()
+    real = real.detach()
+    halves = [((fake - real) * half).sum(0) / half.sum() for half in (first, 1 - first)]
+    return (halves[0] * halves[1] / real.var(0).clamp(min=1e-12)).mean()
 
 
 def octave_noise(shape: tuple[int, ...]) -> Tensor:

@@ -60,13 +60,14 @@ class Objective:
     SHARES = ("flow", "keep", "grid", "real", "hold", "warped")
     COUNTS = ("levels", "pairs", "solver_steps", "critic_steps")
     POSITIVE = ("rate", "critic_rate", "alpha", "q", "anchor", "anchor_end", "steady")
-    NOT_NEGATIVE = ("gamma", "power", "anneal")
+    NOT_NEGATIVE = ("gamma", "power", "anneal", "matching")
 
     needs_condition = True  # does the network embed d?
     needs_teacher = False
     asks_velocity = False  # does it ask the teacher for the velocity, u(x_t, t, 0)?
     keeps_velocity = True  # is u(x_t, t, 0) still the velocity when it has trained?
     follows_progress = False  # does the loss change over the stage?
+    at_once = 1  # images that `loss` must be given at once
     pairs = 0  # (noise, image) pairs that the teacher generates before the stage begins
     critic_steps = 0
     beta1 = None  # of Adam, for student and critic, where the run's will not do

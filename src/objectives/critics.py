@@ -1,4 +1,5 @@
-"""Critics: images [B, C, H, W], sampled with `nfe` [B] network calls each -> one number an image, [B], in float32.
+"""Critics: images [B, C, H, W], sampled with `nfe` [B] network calls each -> one number an image, [B], and the features
+that it is a weighted sum of, [B, D], both in float32.
 
 One net with a last layer for each NFE (arXiv:1912.01865 has one for each domain): its features are learned from all
 samples, and none of them is judged by how those of another NFE fail.
@@ -34,14 +35,14 @@ class ConvCritic(nn.Module):
         self.halvings = halvings
         self.tail = nn.Linear(widths[-1] * math.prod(side >> halvings for side in size), len(NFES), bias=False)
 
-    def forward(self, x: Tensor, nfe: Tensor) -> Tensor:
+    def forward(self, x: Tensor, nfe: Tensor) -> tuple[Tensor, Tensor]:
         h = self.head(x)
         for i, block in enumerate(self.blocks):
             h = block(h)
             if i < self.halvings:
                 h = F.avg_pool2d(h, 2)
-        # No matrix product: autocast would round it. No index: its gradient's sum runs in the order threads come.
-        return (F.leaky_relu(h, 0.2).flatten(1) * F.embedding(_place(nfe), self.tail.weight)).sum(1)
+        seen = F.leaky_relu(h, 0.2).flatten(1).float()
+        return _judged(seen, nfe, self.tail.weight), seen
 
 
 class _Block(nn.Module):
@@ -89,7 +90,7 @@ class EncoderCritic(nn.Module):
             for width in ends
         )
 
-    def forward(self, x: Tensor, nfe: Tensor) -> Tensor:
+    def forward(self, x: Tensor, nfe: Tensor) -> tuple[Tensor, Tensor]:
         network, zero = self.network, x.new_zeros(len(x))
         temb = network.time_embedding(zero)
         if network.use_additional_condition:
@@ -101,8 +102,21 @@ class EncoderCritic(nn.Module):
             h = layer(h, temb)
         for layer in network.middleblocks:
             h = layer(h, temb)
-        judged = sum(head(f).float().mean(dim=(2, 3)) for head, f in zip(self.heads, [*features, h], strict=True))
-        return judged.gather(1, _place(nfe)[:, None]).squeeze(1)
+        seen = torch.cat([_seen(head, f) for head, f in zip(self.heads, [*features, h], strict=True)], dim=1)
+        return _judged(seen, nfe, torch.cat([head[-1].weight.flatten(1) for head in self.heads], dim=1)), seen
+
+
+def _seen(head: nn.Sequential, h: Tensor) -> Tensor:
+    """Means over the image of what enters a head's last layer, [B, channels]."""
+    for layer in list(head)[:-1]:
+        h = layer(h)
+    return h.float().mean(dim=(2, 3))
+
+
+def _judged(seen: Tensor, nfe: Tensor, weight: Tensor) -> Tensor:
+    """Features [B, D] weighed by the row of `weight` [3, D] that belongs to each one's NFE, [B]."""
+    # No matrix product: autocast would round it. No index: its gradient's sum runs in the order threads come.
+    return (seen * F.embedding(_place(nfe), weight)).sum(1)
 
 
 def _place(nfe: Tensor) -> Tensor:

@@ -80,11 +80,12 @@ class Recipe:
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} must be positive, got {getattr(self, name)}")
 
-    def slices(self, count: int, world: World) -> int:
+    def slices(self, count: int, world: World, stages: "list[Stage] | tuple" = ()) -> int:
         """How many equal slices a process's share of a batch is computed in; UserError if there are no such.
 
         Args:
             count: images in the data set.
+            stages: what is trained; some want a number of images at once.
         """
         share, rest = divmod(self.batch_size, world.size)
         if rest:
@@ -92,7 +93,14 @@ class Recipe:
         if self.batch_size > count:
             raise UserError(f"{count} training images do not fill one batch of {self.batch_size}: lower --batch_size")
         most = self.micro_batch or share
-        return next(slices for slices in range(1, share + 1) if share % slices == 0 and share // slices <= most)
+        slices = next(slices for slices in range(1, share + 1) if share % slices == 0 and share // slices <= most)
+        for stage in stages:
+            if share // slices < stage.objective.at_once:
+                raise UserError(
+                    f"{stage.name} wants {stage.objective.at_once} images at once or more, not {share // slices}: "
+                    "raise --micro_batch or --batch_size"
+                )
+        return slices
 
     def learning_rate(self, step: int, most_warmup: int | None = None) -> float:
         """Of the step after `step` steps."""
@@ -285,7 +293,7 @@ class Training:
     """
 
     def __init__(self, model, images: np.ndarray, recipe: Recipe, stages: list[Stage], world: World = World()):  # noqa: B008
-        self.slices = recipe.slices(len(images), world)
+        self.slices = recipe.slices(len(images), world, stages)
         self.model, self.recipe, self.stages, self.world = model.train(), recipe, stages, world
         self.bf16 = has_bf16(model.device)
         self.images = torch.from_numpy(images).to(model.device)

@@ -19,9 +19,9 @@ def estimate(model, images: np.ndarray, recipe: Recipe, stages: list[Stage], wor
     own; activations are measured as what autograd keeps for one image. Time and activations are those of uncompiled
     steps: upper bounds where the engine compiles.
     """
-    count = min(8, len(images))
+    count = min(max(8, *(stage.objective.at_once for stage in stages)), len(images))
     few = replace(recipe, batch_size=count, micro_batch=0)
-    at_once = recipe.batch_size // world.size // recipe.slices(len(images), world)
+    at_once = recipe.batch_size // world.size // recipe.slices(len(images), world, stages)
     parameters = sum(p.numel() for p in model.parameters())
     weights_bytes = activation_bytes = seconds = 0.0
     for stage in stages:
