@@ -170,7 +170,7 @@ def feature_gap(real: Tensor, fake: Tensor) -> Tensor:
     then as often negative.
 
     Args:
-        real, fake: of 16 images or more.
+        real, fake: of 16 images or more; the halves are alike in full where their number is a multiple of eight.
     """
     first = (torch.arange(len(real), device=real.device)[:, None] // 8 % 2 == 0).float()
     real = real.detach()
