@@ -41,6 +41,7 @@ from src.utils import (
     one_line_errors,
     pick_device,
     read_config,
+    refuse_flags,
     run_to_the_end,
     tensor_to_pil_image,
     weights_hash,
@@ -109,10 +110,7 @@ def split_flags(reserved: list[str]) -> tuple[list[str], list[str]]:
     if "--" in ours:
         split = ours.index("--")
         ours, theirs = ours[:split], ours[split + 1 :]
-    for flag in theirs:
-        name = flag.split("=")[0]
-        if name.startswith("--") and any(f"--{one}".startswith(name) for one in reserved):
-            raise UserError(f"{flag} after -- is for this script to choose: leave it out")
+    refuse_flags(theirs, reserved, "after --")
     return ours, theirs
 
 

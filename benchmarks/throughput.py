@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from custom_model import create_custom_model
 from dataset import SimpsonsDataModule, get_data_iterator
+from src.objectives import make_objective, parse_stages
 from src.training.data import load_images
-from src.training.engine import Recipe, Stage, Training
-from src.utils import one_line_errors, pick_device
+from src.training.engine import Recipe, Training, plan
+from src.utils import UserError, one_line_errors, pick_device
 
 TRAINING_FLOP = 268e9  # of one 64x64 image through the challenge's U-Net, forward and backward
 
@@ -63,7 +64,10 @@ def engine(args, device: torch.device):
     model = create_custom_model(device, objective=args.objective, use_additional_condition=True)
     images, _ = load_images(args.data_root, args.split_dir, 64)
     recipe = Recipe(batch_size=args.batch_size)
-    return Training(model, images, recipe, [Stage(args.objective, model.objective, recipe.num_iterations)]).step
+    stages = plan(
+        parse_stages(f"{args.objective}:1"), lambda name: make_objective(name, model.scheduler), recipe.num_iterations
+    )
+    return Training(model, images, recipe, stages).step
 
 
 LOOPS = {"plain": plain_loop, "engine": engine}
@@ -88,6 +92,8 @@ def main() -> None:
     parser.add_argument("--loops", nargs="+", choices=LOOPS, default=[*LOOPS])
     parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
     args = parser.parse_args()
+    if min(args.steps, args.rounds, args.batch_size) < 1:
+        raise UserError("--steps, --rounds and --batch_size must be at least 1")
     device = pick_device(args.device)
 
     steps = {name: LOOPS[name](args, device) for name in args.loops}

@@ -5,7 +5,7 @@
 
 The shares are of the time, where train.py's are of the steps: a few steps of each stage, in OUT/trial, tell their
 speeds, and so how many fit. What follows `--` goes to train.py. Writes OUT/chain as train.py does; interrupted, the
-same command goes on from its last save.
+same command goes on from its last save, with the steps that were planned.
 """
 
 import argparse
@@ -72,6 +72,9 @@ def main() -> None:
 
     if (chain / "training_config.json").exists():
         kept = json.loads((chain / "training_config.json").read_text())
+        before, now = ([name for name, _ in parse_stages(text)] for text in (kept["stages"], args.stages))
+        if before != now:
+            raise UserError(f"{chain} trains {', '.join(before)}, not {', '.join(now)}: choose another --out")
         plan = [part for key in KEPT for part in (f"--{key}", str(kept[key]))]
     else:
         shutil.rmtree(trial, ignore_errors=True)

@@ -47,12 +47,22 @@ def one_line_errors() -> Iterator[None]:
         sys.exit("interrupted")
 
 
-def run_to_the_end(command: list[str]) -> None:
+def refuse_flags(flags: list[str], reserved: list[str], where: str) -> None:
+    """UserError if one of train.py's `flags` is `reserved` for the script that starts it, abbreviated or not."""
+    for flag in flags:
+        name = flag.split("=")[0]
+        if name.startswith("--") and any(f"--{one}".startswith(name) for one in reserved):
+            raise UserError(f"{flag} {where} is for this script to choose: leave it out")
+
+
+def run_to_the_end(command: list[str], stdout: int | None = None) -> None:
     """Run a script of ours that saves when it is interrupted: on Ctrl-C or SIGTERM, wait for that first.
 
+    Args:
+        stdout: as `subprocess.Popen` takes it.
     Raises: UserError if it fails; KeyboardInterrupt once it has ended, if there was one.
     """
-    process, interrupted = subprocess.Popen(command), False
+    process, interrupted = subprocess.Popen(command, stdout=stdout), False
     while process.poll() is None:
         try:
             process.wait()

@@ -1,17 +1,20 @@
 """The comparison of objectives: what it measures is measured once, and never passed off as something else."""
 
+import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import train as train_py
-from benchmarks import objectives, prepare, timed_chain
+from benchmarks import objectives, prepare, throughput, timed_chain
 from custom_model import create_custom_model
 from src.images import split_paths
 from src.objectives import make_objective, parse_stages
@@ -137,7 +140,7 @@ def test_prepared_parts_hold_what_training_and_what_scores_need(faces, workdir, 
 
     begin("train")
     images, _ = load_images("machine/results/faces", "machine/results/faces", 32)
-    assert len(images) == len(load_images(str(faces), str(faces), 32)[0])
+    assert np.array_equal(images, load_images(str(faces), str(faces), 32)[0])  # at their size already: not once more
     start = load_model("machine/results/start.pt", create_custom_model)
     for found, weight in zip(start.parameters(), model.parameters(), strict=True):
         assert (found - weight).abs().max() <= weight.abs().max() / 125  # 8 bits: a step
@@ -146,6 +149,16 @@ def test_prepared_parts_hold_what_training_and_what_scores_need(faces, workdir, 
     assert len(split_paths("machine/results/faces", "val", "machine/results/faces")) > 0
     assert Path("machine/results/compiled/program").is_file()  # where the plan packs what PyTorch compiled
     assert (Path("machine") / named.split()[-1]).is_file() and Path("machine/evidence").is_dir()
+
+
+def test_throughput_trains_the_first_of_unfolded_stages_and_refuses_no_rounds(faces, workdir, monkeypatch):
+    monkeypatch.setattr(throughput, "create_custom_model", partial(create_custom_model, unet="small"))
+    args = argparse.Namespace(data_root=str(faces), split_dir=str(faces), objective="progressive", batch_size=2)
+    training = throughput.engine(args, torch.device("cpu")).__self__
+    assert len(training.stages) > 1 and training.stage.objective.steps > 0
+    monkeypatch.setattr(sys, "argv", ["throughput", "--data_root", ".", "--split_dir", ".", "--rounds", "0"])
+    with pytest.raises(UserError, match="must be at least 1"):
+        throughput.main()
 
 
 def test_timed_chain_fits_its_steps_to_the_time(workdir, monkeypatch):
@@ -191,6 +204,10 @@ def test_timed_chain_fits_its_steps_to_the_time(workdir, monkeypatch):
     timed_chain.main()
     (again,) = (dict(zip(*[iter(arguments)] * 2, strict=True)) for arguments in calls)
     assert {key: again[f"--{key}"] for key in timed_chain.KEPT} == {key: chain[f"--{key}"] for key in timed_chain.KEPT}
+
+    monkeypatch.setattr(sys, "argv", [part.replace("alpha_flow", "shortcut") for part in argv])
+    with pytest.raises(UserError, match="run/chain trains alpha_flow, adversarial, not shortcut, adversarial"):
+        timed_chain.main()
 
     for flag in ("--batch", "--eval_interval"):  # the one was ignored, the other's scores taken for speeds
         monkeypatch.setattr(sys, "argv", [*argv, flag, "8"])

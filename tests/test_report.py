@@ -226,7 +226,7 @@ def test_comparison_and_ablation(runs, faces, tiny_network, script_env):
     assert (runs / "compared/comparison.png").stat().st_size > 1000
     assert "| run2 |" in result.stdout and "| run2 |" in (runs / "compared/comparison.md").read_text()
 
-    base = ["--unet", "small", "--image_size", "32", "--batch_size", "8", "--num_iterations", "2", "--device", "cpu"]
+    base = ["--unet", "small", "--image_size", "32", "--batch_size", "8", "--num_iterations", "2"]
     (runs / "train.py").symlink_to(train_py.__file__)
     command = ["ablate", "--change", "fast:lr=1e-3", *flags, "--out", "ablated"]
     whole = [sys.executable, "-m", "src.evaluation", *map(str, command), "--device", "cpu", "--", *base]
@@ -243,6 +243,13 @@ def test_comparison_and_ablation(runs, faces, tiny_network, script_env):
     whole[whole.index("fast:lr=1e-3")] = "fast:lr=1e-2"  # another experiment under the same name
     result = subprocess.run(whole, cwd=runs, env=script_env, capture_output=True, text=True)
     assert result.returncode == 1 and "lr was 0.001 and is now 0.01" in result.stderr
+    whole[whole.index("fast:lr=1e-2")] = "typo:lrr=1e-3"
+    result = subprocess.run([*whole, "--seed", "7"], cwd=runs, env=script_env, capture_output=True, text=True)
+    assert result.returncode == 1 and "unrecognized arguments: --lrr" in result.stderr
+    assert json.loads((runs / "ablated/base/training_config.json").read_text())["seed"] == 42  # seen before any ran
+    whole[whole.index("typo:lrr=1e-3") : whole.index("--out") + 2] = ["fast:lr=1e-3", *map(str, flags), "--out", "cut"]
+    result = subprocess.run([*whole, "--max_minutes", "1e-6"], cwd=runs, env=script_env, capture_output=True, text=True)
+    assert result.returncode == 1 and "cut/base is at iteration 1 of 2: the same command goes on" in result.stderr
 
 
 def test_mirrored_copies_are_found(faces, workdir, tiny_network):
@@ -274,6 +281,7 @@ def test_speed_counts_the_network_calls(runs, script_env):
         (["report", "--checkpoint", "run1/final_model.pt", "--sweep", "0"], "at least 1 network call, not 0"),
         (["compare", "run1", "run2", "--nfe", "4", "-1"], "at least 1 network call, not -1"),
         (["ablate", "--change", "fast"], "not of the form name:flag=value"),
+        (["ablate", "--change", "x:save_dir=y"], "--save_dir in --change is for this script to choose"),
         (["report", "--checkpoint", "run1/final_model.pt", "--samples", "3"], "--samples must be at least 16"),
     ],
 )

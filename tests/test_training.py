@@ -169,6 +169,8 @@ def test_interrupted_run_saves_and_goes_on(faces, workdir, script_env):
     [
         (["--batch_size", "25"], "24 training images do not fill one batch of 25"),
         (["--grad_clip", "0"], "--grad_clip must be positive"),
+        (["--weight_decay", "nan"], "--weight_decay must not be negative, got nan"),
+        (["--max_minutes", "nan"], "--max_minutes must be positive"),
         (["--beta2", "1"], "--beta2 must lie in [0, 1)"),
         (["--split_dir", "nowhere"], "no split file nowhere/train_split.txt"),
         (["--num_iterations", "0"], "--num_iterations must be at least 1"),
@@ -381,6 +383,16 @@ def test_scores_are_logged_and_the_best_model_kept(small_run):
     assert [row["ratio"] for row in rows if "ratio" in row] == [3.0, 2.0, 2.5]
     ratios = iter([2.2, 2.1])
     small_run(4, evaluate=lambda model: {"ratio": next(ratios)}, eval_interval=1)  # resumed, it knows the best
+    assert torch.load(save_dir / "best_model.pt", weights_only=True)["provenance"]["step"] == 2
+    with pytest.raises(UserError, match="has 4 iterations already, more than --num_iterations 3"):
+        small_run(3)
+
+
+def test_a_finished_run_can_still_be_scored_once(small_run):
+    save_dir = small_run(2)
+    ratios = iter([2.0])
+    for _ in range(2):
+        small_run(2, evaluate=lambda model: {"ratio": next(ratios)}, eval_interval=5)
     assert torch.load(save_dir / "best_model.pt", weights_only=True)["provenance"]["step"] == 2
 
 

@@ -1,6 +1,8 @@
 """Differences between models on common noise, and ablations: one change at a time from one base command."""
 
 import argparse
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,10 +14,20 @@ from src.evaluation.distances import frechet_distance
 from src.evaluation.features import load_features, official_inception
 from src.evaluation.intervals import mean_interval
 from src.evaluation.report import Data, Model, check_counts
-from src.utils import UserError, pick_device, replacing, run_to_the_end, write_json
+from src.utils import (
+    UserError,
+    pick_device,
+    read_checkpoint,
+    refuse_flags,
+    replacing,
+    run_to_the_end,
+    write_json,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
+OURS = "data_root split_dir device save_dir dry_run".split()  # what `ablate` tells train.py itself
 
 
 def checkpoint_of(run: str) -> Path:
@@ -66,10 +78,22 @@ def ablate(args: argparse.Namespace) -> None:
         if not (name and colon and flag and equals) or name in changes:
             raise UserError(f"--change {change!r} is not of the form name:flag=value with a name of its own")
         changes[name] = [f"--{flag}", value]
+        refuse_flags(changes[name], OURS, "in --change")
+    refuse_flags(args.base, OURS, "after --")
     data = ["--data_root", args.data_root, "--split_dir", args.split_dir, "--device", args.device]
-    for name, flags in changes.items():  # by the same command runs go on, finished ones end at once, others are refused
-        folder = str(Path(args.out) / name)
-        run_to_the_end([sys.executable, "train.py", *data, *args.base, *flags, "--save_dir", folder])
+    commands = {
+        name: [sys.executable, "train.py", *data, *args.base, *flags, "--save_dir", str(Path(args.out) / name)]
+        for name, flags in changes.items()
+    }
+    for command in commands.values():  # a wrong flag of the last one shows before hours of the first
+        run_to_the_end([*command, "--dry_run"], stdout=subprocess.DEVNULL)
+    for name, command in commands.items():  # runs go on by it, finished ones end at once, others are refused
+        run_to_the_end(command)
+        folder = Path(args.out) / name
+        planned = json.loads((folder / "training_config.json").read_text())["num_iterations"]
+        done = read_checkpoint(folder / "final_model.pt")["provenance"]["step"]
+        if done < planned:
+            raise UserError(f"{folder} is at iteration {done} of {planned}: the same command goes on")
     write_comparison({name: checkpoint_of(str(Path(args.out) / name)) for name in changes}, args)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from statistics import median
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +21,7 @@ def seconds(work, device: torch.device, repeats: int) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
-    return sorted(times[1:])[repeats // 2]
+    return median(times[1:])
 
 
 def speed(args: argparse.Namespace) -> None:

@@ -47,8 +47,8 @@ class Adversarial(Objective):
         warped: share of the samples that the critic learns from which are real images with wobbling lines instead,
             what samples have and images do not (negative data augmentation, arXiv:2102.05113; benchmarks/LOG.md,
             "its lines wobble").
-        matching: weight of the `feature_gap` in the student's loss; its gradient is the same on average, not exactly,
-            in smaller slices of the batch or over more processes.
+        matching: weight of the `feature_gap` in the student's loss; its gradient is nearly the same on average, not
+            exactly, in smaller slices of the batch or over more processes.
     """
 
     rate: float = 0.5
@@ -164,10 +164,10 @@ def feature_gap(real: Tensor, fake: Tensor) -> Tensor:
     """How far the means of features [B, D] of real and generated images lie apart: squared, in units of each feature's
     variance over the real ones, averaged over features.
 
-    The square is the product of two halves' differences. So its expectation is that of the means themselves; a square
-    would have the samples vary less. Rows change halves by eights, so that both halves have the same NFEs (`DRAWN`):
-    halves of unlike NFEs could be told to differ with opposite signs. It is 0 on average where nothing is left, and
-    then as often negative.
+    The square is the product of two halves' differences. So its expectation is that of the means themselves (exactly,
+    where features are Gaussian); a square would have the samples vary less. Rows change halves by eights, so that both
+    halves have the same NFEs (`DRAWN`): halves of unlike NFEs could be told to differ with opposite signs. It is 0 on
+    average where nothing is left, and then as often negative.
 
     Args:
         real, fake: of 16 images or more; the halves are alike in full where their number is a multiple of eight.
@@ -175,7 +175,8 @@ def feature_gap(real: Tensor, fake: Tensor) -> Tensor:
     first = (torch.arange(len(real), device=real.device)[:, None] // 8 % 2 == 0).float()
     real = real.detach()
     halves = [((fake - real) * half).sum(0) / half.sum() for half in (first, 1 - first)]
-    return (halves[0] * halves[1] / real.var(0).clamp(min=1e-12)).mean()
+    # Divided by n - 3, for one over a Gaussian variance to be unbiased whatever n is: a slice of the batch has fewer.
+    return (halves[0] * halves[1] / real.var(0, correction=3).clamp(min=1e-12)).mean()
 
 
 def octave_noise(shape: tuple[int, ...]) -> Tensor:

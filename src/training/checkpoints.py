@@ -69,7 +69,7 @@ def _refuse_changes(path: Path, before: dict, now: dict, defaults: dict[str, dic
 
 
 def clear_leftovers(save_dir: Path) -> None:
-    """Delete what a training that was killed while writing left; other commands write into folders of their own."""
+    """Delete what a process that was killed while writing to a run's folder left, this training or `ema`."""
     for path in [*save_dir.glob(".*.tmp"), *save_dir.glob("averages/.*.tmp")]:
         path.unlink()
 

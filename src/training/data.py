@@ -23,7 +23,7 @@ def load_images(root: str, split_dir: str, size: int) -> tuple[np.ndarray, str]:
     """
     ensure_root(root)
     paths = split_paths(root, "train", split_dir)
-    digest = hashlib.sha256(f"{size}x{size} RGB{' of 64x64' if size < 64 else ''}".encode())
+    digest = hashlib.sha256(f"{size}x{size} RGB{' of 64x64, or as it is' if size < 64 else ''}".encode())
     for path in paths:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     key = digest.hexdigest()[:16]

@@ -71,7 +71,7 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "micro_batch", "eval_interval"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # nor not a number
                 raise UserError(f"--{name} must not be negative, got {getattr(self, name)}")
         for name in ("ema_decay", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -79,6 +79,8 @@ class Recipe:
         for name in ("lr", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} must be positive, got {getattr(self, name)}")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise UserError(f"--max_minutes must be positive, got {self.max_minutes}")
 
     def slices(self, count: int, world: World, stages: "list[Stage] | tuple" = ()) -> int:
         """How many equal slices a process's share of a batch is computed in; UserError if there are no such.
@@ -497,6 +499,11 @@ def train(
     if checkpoint:
         training.restore(checkpoint)
         del checkpoint
+    if training.steps > recipe.num_iterations:
+        raise UserError(
+            f"the run in {save_dir} has {training.steps} iterations already, more than --num_iterations "
+            f"{recipe.num_iterations}: take its checkpoint of then, or choose another --save_dir"
+        )
 
     device, start, first, average = model.device, training.steps, world.rank == 0, training.ema.model
 
@@ -597,7 +604,7 @@ def train(
                 progress.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{speed:.1f}")
                 logs, interval_start = {}, step
             evaluating = evaluate and recipe.eval_interval and (finished or step % recipe.eval_interval == 0)
-            if first and evaluating and step > start:
+            if first and evaluating and not metrics.scored(step):
                 with torch.compiler.set_stance("force_eager"):  # its batches have other shapes
                     scores = evaluate(average)
                 metrics.add({"step": step, **scores})

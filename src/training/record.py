@@ -89,6 +89,9 @@ class Metrics:
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
+    def scored(self, step: int) -> bool:
+        return any(row["step"] == step and "ratio" in row for row in self.rows)
+
     def add(self, row: dict) -> None:
         self.rows.append(row)
         with self.path.open("a") as file:
