@@ -238,9 +238,10 @@ def save_weights(
     state: dict[str, Tensor], path: str | os.PathLike, model_config: dict, config_path: str | None = None, **extra
 ) -> None:
     """`save_model` of a state dict."""
-    write_json(config_path or Path(path).with_name("model_config.json"), model_config)
     with writing_checkpoint(path) as temporary:
         torch.save({"state_dict": state, "model_config": model_config, **extra}, temporary)
+        # Not before: a save that fails must not leave the weights of before with another config.
+        write_json(config_path or Path(path).with_name("model_config.json"), model_config)
 
 
 SCALE = "::scale"  # what the name of an 8-bit weight's scales ends with

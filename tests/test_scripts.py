@@ -115,6 +115,20 @@ def test_a_damaged_model_is_not_loaded(checkpoint, workdir, damage, message):
         load_model(checkpoint, create_custom_model)
 
 
+def test_a_save_that_fails_leaves_weights_and_config_as_they_were(checkpoint, workdir, monkeypatch):
+    run = workdir / "run"
+    before = {path: path.read_bytes() for path in run.iterdir()}
+
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    for module, name in ((torch, "save"), (json, "dumps")):  # the weights, then the config
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+            patch.setattr(module, name, full)
+            save_model(create_custom_model(unet="small"), checkpoint, {**CONFIG, "smoothing": {"1": 0.1}})
+        assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
 def test_sampling_says_what_is_wrong_in_one_line(workdir, script_env):
     result = sampling(workdir, script_env, "--ckpt_path", "absent.pt")
     assert result.returncode == 1 and result.stderr.startswith("error: no checkpoint at absent.pt")
