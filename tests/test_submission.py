@@ -155,6 +155,31 @@ def test_export_refuses_what_no_submission_may_use(finished_run, workdir):
     assert not (workdir / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    "checkpoint, out, told",
+    [
+        ("final_model.pt", "run/final_model.pt", "would replace a model of run"),
+        (None, "run/final_model.pt", "would replace a model of run"),
+        ("final_model.pt", "other/mine.pt", "other/model_config.json is another model's, of theirs.pt"),
+        ("early.pt", "run/again.pt", "is another model's, of best_model.pt, early.pt, final_model.pt"),
+        (None, "run", "names no checkpoint"),
+        (None, "other/new", "names no checkpoint"),
+        (None, ".", "names no checkpoint"),
+    ],
+)
+def test_export_spoils_no_other_model(finished_run, workdir, checkpoint, out, told):
+    early = torch.load(finished_run / "final_model.pt", weights_only=True)
+    torch.save({**early, "model_config": {"objective": "shortcut"}}, finished_run / "early.pt")  # of a stage before
+    (workdir / "other").mkdir()
+    (workdir / "other/theirs.pt").touch()
+    write_json(workdir / "other/model_config.json", {"objective": "shortcut"})
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=told):
+        export(Path("run"), checkpoint, "int8", Path(out))
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    export(Path("run"), None, "int8", Path("run/small.pt"))  # one more, with the same config
+
+
 def test_official_files_over_ours_give_the_same_images(workdir, randomised, faces, script_env):
     """Needs `python -m src.submission base-code`; the official files are not ours to commit."""
     root = base_code.Path(base_code.__file__).resolve().parents[2]

@@ -28,12 +28,17 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
         checkpoint: a file in it; None: the best by score, else the final, else the last one.
         dtype: float16 halves the file, int8 quarters it; loading makes a float32 model of each.
     Returns: the checkpoint that was taken.
-    Raises: UserError if there is none, or its network is not the challenge's and `target` is the submission's place.
+    Raises: UserError if there is none, its network is not the challenge's and `target` is the submission's place, or
+        another model would be spoilt at a `target` elsewhere.
     """
+    if target.suffix != ".pt" or target.is_dir():
+        raise UserError(f"--out {target} names no checkpoint: give a file that ends in .pt")
     names = [checkpoint] if checkpoint else [name for name in CHOICES if (run / name).is_file()]
     if not names:
         raise UserError(f"{run} holds none of {', '.join(CHOICES)}: is it a folder that train.py wrote?")
     source = run / names[0]
+    if target != TARGET and target.exists() and target.parent.resolve() == source.parent.resolve():
+        raise UserError(f"--out {target} would replace a model of {run}: choose another folder")
     saved = read_checkpoint(source)
     config = read_config(run / "model_config.json")
     for name, value in FORBIDDEN.items():
@@ -47,5 +52,16 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
         state = quantised(state)
     else:
         state = {name: value.to(DTYPES[dtype]) for name, value in state.items()}
-    save_weights(state, target, {**config, **objective_of(saved)}, provenance=saved.get("provenance", {}))
+    config |= objective_of(saved)
+    if target != TARGET:
+        refuse_other_config(target, config)
+    save_weights(state, target, config, provenance=saved.get("provenance", {}))
     return source
+
+
+def refuse_other_config(target: Path, config: dict) -> None:
+    """UserError if other models beside `target` would be left with a config that is not theirs."""
+    beside = target.with_name("model_config.json")
+    others = [path.name for path in target.parent.glob("*") if path.suffix in (".pt", ".ckpt") and path != target]
+    if others and beside.is_file() and read_config(beside) != config:
+        raise UserError(f"{beside} is another model's, of {', '.join(sorted(others)[:3])}: choose another folder")
