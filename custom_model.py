@@ -52,8 +52,8 @@ class CustomScheduler(BaseScheduler):
         smoothing: dict | None = None,
         sharpening: dict | None = None,
     ) -> None:
-        if self.num_train_timesteps <= 0:
-            raise UserError(f"num_train_timesteps must be positive, got {self.num_train_timesteps}")
+        if not 0 < self.num_train_timesteps < math.inf:  # JSON has NaN
+            raise UserError(f"num_train_timesteps must be a positive number, got {self.num_train_timesteps}")
         if time_sampling not in TIME_SAMPLINGS:
             raise UserError(f"unknown time_sampling {time_sampling!r}: choose one of {', '.join(TIME_SAMPLINGS)}")
         self.time_sampling = time_sampling
@@ -309,6 +309,8 @@ def create_custom_model(
     """
     if unknown:
         raise UserError(f"unknown model setting {', '.join(map(repr, unknown))}: is this config from another project?")
+    if not isinstance(use_additional_condition, bool | None):  # "false" is true
+        raise UserError(f"use_additional_condition must be true or false, got {use_additional_condition!r}")
     if objective is None:
         objective = "rectified_flow" if use_additional_condition is False else "shortcut"
     for name, value, known in (("unet", unet, UNETS), ("image_size", image_size, IMAGE_SIZES)):

@@ -215,10 +215,21 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}: train one first, or name another")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and EOF errors of many kinds
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}: {reason})") from error
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} is no checkpoint, it holds a {type(saved).__name__}: name one that train.py saved")
+    return saved
+
+
+def weights_of(checkpoint: dict, path: str | os.PathLike) -> dict[str, Tensor]:
+    """The state dict of the checkpoint read from `path`, which may be a bare one; UserError if it is none."""
+    state = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no weights of a model: name a checkpoint that train.py saved")
+    return state
 
 
 def save_model(
@@ -268,10 +279,17 @@ def quantised(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def restore_quantised(state: dict[str, Tensor], *_) -> None:
-    """Turn the int8 weights in `state` to float32 again, in place: a module's hook before it loads a state dict."""
+    """Turn the int8 weights in `state` to float32 again, in place: a module's hook before it loads a state dict.
+
+    Raises: UserError if scales are without weights or weights without scales.
+    """
     for name in [name for name in state if name.endswith(SCALE)]:
         weight = name.removesuffix(SCALE)
+        if weight not in state:
+            raise UserError(f"{weight} is missing, its scales alone are there: export the model again")
         state[weight] = state[weight].float() * state.pop(name)
+    if bare := [name for name, value in state.items() if value.dtype == torch.int8]:
+        raise UserError(f"{bare[0]} has 8 bits and no scales: export the model again")
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -328,9 +346,12 @@ def load_model(
     if beside:
         config |= objective_of(checkpoint)
 
-    model = create_model_fn(device=device, **config)
     try:
-        model.load_state_dict(checkpoint.get("state_dict", checkpoint), strict=True)
+        model = create_model_fn(device=device, **config)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # what a number in a dict's place leads to
+        raise UserError(f"{config_path} holds a setting of the wrong kind: {error}") from error
+    try:
+        model.load_state_dict(weights_of(checkpoint, checkpoint_path), strict=True)
     except RuntimeError as error:
         reason = str(error).split("\n\t", 1)[-1].split("\n")[0][:200]
         raise UserError(f"{checkpoint_path} does not fit the model of {config_path}: {reason}") from None

@@ -205,6 +205,8 @@ def test_factory_settles_objective_and_condition(config, objective, condition):
         ({"unet": "huge"}, "unknown unet"),
         ({"image_size": 48}, "unknown image_size 48"),
         ({"time_sampling": "cosine"}, "unknown time_sampling"),
+        ({"num_train_timesteps": math.nan}, "num_train_timesteps must be a positive number, got nan"),
+        ({"use_additional_condition": "false"}, "use_additional_condition must be true or false, got 'false'"),
         ({"objective": "shortcut", "use_additional_condition": False}, "needs the extra condition"),
     ],
 )

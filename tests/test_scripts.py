@@ -19,7 +19,16 @@ from custom_model import create_custom_model
 from dataset import SimpsonsDataModule, SimpsonsDataset, get_data_iterator
 from src.evaluation.features import Features
 from src.evaluation.reference import write_reference
-from src.utils import UserError, load_model, replacing_folder, save_model, seed_everything, tensor_to_pil_image
+from src.utils import (
+    UserError,
+    load_model,
+    quantised,
+    replacing_folder,
+    save_model,
+    seed_everything,
+    tensor_to_pil_image,
+    write_json,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"model_type": "CustomGenerativeModel", "objective": "shortcut", "unet": "small"}
@@ -94,6 +103,13 @@ def test_sampling_replaces_its_own_images_and_nothing_else(checkpoint, workdir, 
     assert result.returncode == 1 and "notes.txt" in result.stderr and (folder / "notes.txt").exists()
 
 
+def in_eight_bits_without(run: Path, name: str) -> None:
+    saved = torch.load(run / "model.pt", weights_only=True)
+    saved["state_dict"] = quantised(saved["state_dict"])
+    del saved["state_dict"][name]
+    torch.save(saved, run / "model.pt")
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -107,6 +123,24 @@ def test_sampling_replaces_its_own_images_and_nothing_else(checkpoint, workdir, 
         ),
         (lambda run: (run / "model_config.json").write_text('{"unet": "full"}'), "does not fit the model"),
         (lambda run: (run / "model_config.json").write_text("[]"), "must hold a JSON object"),
+        (lambda run: torch.save([torch.ones(1)], run / "model.pt"), "model.pt is no checkpoint, it holds a list"),
+        (lambda run: torch.save(torch.ones(1), run / "model.pt"), "it holds a Tensor"),
+        (lambda run: torch.save({"state_dict": [1]}, run / "model.pt"), "model.pt holds no weights of a model"),
+        (lambda run: torch.save({"step": 1}, run / "model.pt"), "model.pt holds no weights of a model"),
+        (lambda run: in_eight_bits_without(run, "network.head.weight"), "head.weight is missing, its scales alone"),
+        (lambda run: in_eight_bits_without(run, "network.head.weight::scale"), "head.weight has 8 bits and no scales"),
+        *(
+            (lambda run, one=one: write_json(run / "model_config.json", CONFIG | one), "a setting of the wrong kind")
+            for one in (
+                {"smoothing": 0.03},
+                {"smoothing": {"1": None}},
+                {"smoothing": {"one": 0.1}},
+                {"time_grids": {"2": 0.5}},
+                {"num_train_timesteps": "1000"},
+                {"unet": [5]},
+                {"device": "cpu"},
+            )
+        ),
     ],
 )
 def test_a_damaged_model_is_not_loaded(checkpoint, workdir, damage, message):

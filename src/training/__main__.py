@@ -15,6 +15,7 @@ from src.utils import (
     refuse_own_folder,
     restore_quantised,
     save_weights,
+    weights_of,
     writing_checkpoint,
 )
 
@@ -71,7 +72,7 @@ def mix(end: Path, start: Path, share: float) -> dict:
         raise UserError(f"--share must lie between 0 and 1, got {share}")
     saved, other = read_checkpoint(end), read_checkpoint(start)
     config = read_config(end.with_name("model_config.json"))
-    states = [checkpoint.get("state_dict", checkpoint) for checkpoint in (saved, other)]
+    states = [weights_of(checkpoint, path) for checkpoint, path in ((saved, end), (other, start))]
     for state in states:
         restore_quantised(state)
     shapes = [{name: value.shape for name, value in state.items()} for state in states]

@@ -12,6 +12,7 @@ from src.utils import (
     read_config,
     restore_quantised,
     save_weights,
+    weights_of,
 )
 
 TARGET = Path("checkpoints/best_model.pt")
@@ -46,7 +47,7 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
             raise UserError(f"{source} was trained with {name}={value!r}, which no submission may use")
     if "state_dict" not in saved:
         raise UserError(f"{source} holds no model that can be exported: name one that train.py saved")
-    state = saved["state_dict"]
+    state = weights_of(saved, source)
     restore_quantised(state)  # if it was exported in 8 bits before
     if dtype == "int8":
         state = quantised(state)
