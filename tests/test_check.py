@@ -123,6 +123,8 @@ def in_sampler(code: str):
     return change
 
 
+STAR = "import json\nfrom torchvision import *\nmake = lambda: models.resnet18()"
+INCEPTION = "evaluation.features import official_inception"
 YELLOW = "        x = x * 0 + torch.tensor([1.0, 0.7, -0.9])[:, None, None]"
 HIDDEN_CALL = """
         import copy
@@ -219,6 +221,28 @@ STATIC = {
         "from scratch",
         "train.py: cleanfid",
     ),
+    "a pretrained network, should there be one": (
+        lambda p: replaced(
+            p / "train.py", "import json", "import json\ntry:\n    import lpips\nexcept ImportError:\n    lpips = None"
+        ),
+        "from scratch",
+        "train.py: lpips",
+    ),
+    "a pretrained network behind a star": (
+        lambda p: replaced(p / "train.py", "import json", STAR),
+        "from scratch",
+        "train.py: torchvision.models",
+    ),
+    "our Inception in training": (
+        lambda p: replaced(p / "custom_model.py", "import math\n", f"import math\nfrom src.{INCEPTION}\n"),
+        "from scratch",
+        "custom_model.py: src.evaluation",
+    ),
+    "our Inception as a neighbour": (
+        lambda p: replaced(p / "src/objectives/critics.py", "import torch\n", f"import torch\nfrom ..{INCEPTION}\n"),
+        "from scratch",
+        "src/objectives/critics.py: src.evaluation",
+    ),
     "a module that is not packed": (
         lambda p: replaced(p / "train.py", "import json", "import json\nfrom src.submission.contents import FROZEN"),
         "imports",
@@ -229,11 +253,14 @@ STATIC = {
         "from scratch",
         "custom_model.py: torch.hub",
     ),
-    "more weights": (
-        lambda p: (p / "src/prior.safetensors").write_bytes(b"0" * 64),
-        "from scratch",
-        "src/prior.safetensors",
-    ),
+    **{
+        f"more weights, {ending}": (
+            lambda p, ending=ending: (p / f"src/prior{ending}").write_bytes(b"0" * 64),
+            "from scratch",
+            f"src/prior{ending}, neither .json nor .py",
+        )
+        for ending in (".safetensors", ".h5", ".pt.gz", ".PT", "")
+    },
     "weights twice": (doubled, "size", "export with --dtype float16"),
     "no write-up": (lambda p: (p / "writeup.pdf").unlink(), "write-up", "python writeup/build.py RUN"),
     "a damaged write-up": (lambda p: rewrite(p / "writeup.pdf", "no PDF"), "write-up", "no readable PDF"),

@@ -24,7 +24,7 @@ from src.training.export import TARGET
 from src.utils import NFES, UserError, tensor_to_pil_image
 
 LIMIT = 256  # MiB: one float32 checkpoint of the network fits, two do not
-WEIGHTS = {".pt", ".pth", ".ckpt", ".safetensors", ".onnx", ".bin", ".npz", ".npy", ".pkl"}
+SOURCES = {".py", ".json"}  # what belongs in src/: weights come under many endings
 TOLERANCE = 0.01  # of a network call: what a sampler may compute beside the network
 COPY = 0.05  # root mean square of pixels in [0, 1]; the nearest pair of different faces here is 0.1 apart
 
@@ -142,9 +142,9 @@ def imports(s: Submission) -> Iterator[Line]:
 def pretrained(s: Submission) -> Iterator[Line]:
     found = environment.pretrained_uses(s.tree)
     found += [
-        str(path.relative_to(s.tree))
-        for path in s.tree.rglob("*")
-        if path.suffix in WEIGHTS and path != s.tree / TARGET
+        f"{path.relative_to(s.tree)}, neither {' nor '.join(sorted(SOURCES))}"
+        for path in sorted((s.tree / "src").rglob("*"))
+        if path.is_file() and path.suffix not in SOURCES
     ]
     if found:
         yield failed("from scratch", f"a way to pretrained weights, which no submission may use: {'; '.join(found)}")

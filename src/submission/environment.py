@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from collections.abc import Container
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
@@ -12,14 +13,16 @@ PYTHON = (3, 10)
 TOOLS = {"pip", "setuptools"}  # in every environment; torch 2.6 asks for the latter from Python 3.12 on
 # Ways by which pretrained weights come into a program; clean-fid's Inception is for scores alone.
 PRETRAINED = """torch.hub torch.utils.model_zoo torchvision.models torchvision.get_model lpips load_state_dict_from_url
-    from_pretrained hf_hub_download kagglehub.model_download cleanfid""".split()
-SCORES = ("measure_fid.py", "src/evaluation/")  # where clean-fid belongs
+    from_pretrained hf_hub_download kagglehub.model_download cleanfid src.evaluation""".split()
+# Where networks that score belong: clean-fid's, and ours, which training may call for its scores alone.
+SCORES = {"cleanfid": ("measure_fid.py", "src/evaluation/")}
+SCORES["src.evaluation"] = (*SCORES["cleanfid"], "train.py")
 
 
 def pins(requirements: Path) -> dict[str, str]:
     """Package -> version of a file of `name==version` lines."""
-    lines = [line.split("#")[0].strip() for line in requirements.read_text().splitlines()]
-    return dict(line.split("==") for line in lines if "==" in line)
+    lines = [line.split("#")[0].split(";")[0].partition("==") for line in requirements.read_text().splitlines()]
+    return {name.strip(): version.strip() for name, equals, version in lines if equals}
 
 
 def deviations(pinned: dict[str, str]) -> list[str]:
@@ -65,12 +68,9 @@ def parsed(path: Path) -> ast.Module | None:
         return None
 
 
-def imported(tree: ast.Module) -> dict[str, str]:
-    """Imported name -> the name it goes by: `import a.b as c` gives a.b: c, `from a import b` a: a and a.b: b.
-
-    Relative imports are left out (a submission that runs has resolved them), and so is what a `try` makes optional.
-    """
-    optional = {
+def made_optional(tree: ast.Module) -> set[int]:
+    """The ids of the nodes that a `try` makes optional, should an import of theirs fail."""
+    return {
         id(node)
         for attempt in ast.walk(tree)
         if isinstance(attempt, ast.Try)
@@ -82,15 +82,26 @@ def imported(tree: ast.Module) -> dict[str, str]:
         for statement in attempt.body
         for node in ast.walk(statement)
     }
+
+
+def imported(tree: ast.Module, package: tuple[str, ...], without: Container[int] = ()) -> dict[str, str]:
+    """Imported name -> the name it goes by: `import a.b as c` gives a.b: c, `from a import b` a: a and a.b: b.
+
+    Args:
+        package: the folders that the file lies in, from which relative imports start.
+        without: the ids of nodes to leave out.
+    """
     found = {}
     for node in ast.walk(tree):
-        if id(node) in optional:
+        if id(node) in without:
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name: alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found[node.module] = node.module
-            found |= {f"{node.module}.{alias.name}": alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            found[module] = module
+            found |= {f"{module}.{alias.name}": alias.asname or alias.name for alias in node.names}
     return found
 
 
@@ -103,8 +114,7 @@ def foreign_imports(folder: Path, provided: set[str]) -> list[str]:
         if tree is None:
             found.append(f"{name} is no valid Python")
             continue
-        modules = dict.fromkeys(node for node in imported(tree))
-        for module in modules:
+        for module in imported(tree, name.parent.parts, without=made_optional(tree)):
             parts = module.split(".")
             if (folder / parts[0]).is_dir() or (folder / f"{parts[0]}.py").is_file():
                 # A name imported from one of the submission's modules is an attribute of it; what must exist is that.
@@ -128,15 +138,17 @@ def pretrained_uses(folder: Path) -> list[str]:
         tree, name = parsed(path), path.relative_to(folder).as_posix()
         if tree is None:
             continue
-        modules = imported(tree)
+        modules = imported(tree, path.relative_to(folder).parent.parts)
         aliases = {alias: full for full, alias in modules.items()}
+        stars = [module.removesuffix("*") for module in modules if module.endswith(".*")]
         names = set(modules)
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute | ast.Name):
-                first, dot, rest = ast.unparse(node).partition(".")
-                names.add(aliases.get(first, first) + dot + rest)
+                used = ast.unparse(node)
+                first, dot, rest = used.partition(".")
+                names |= {aliases.get(first, first) + dot + rest, *(star + used for star in stars)}
         for way in PRETRAINED:
-            if way == "cleanfid" and name.startswith(SCORES):
+            if name.startswith(SCORES.get(way, ())):
                 continue
             if any(f".{way}." in f".{used}." for used in names):
                 found.append(f"{name}: {way}")
