@@ -14,7 +14,7 @@ import typst
 from custom_model import create_custom_model
 from src.faces import write_dataset
 from src.images import read_rgb
-from src.submission import base_code, contents, pack
+from src.submission import base_code, contents, environment, pack
 from src.submission import check as checking
 from src.submission.__main__ import main
 from src.utils import UserError, save_model
@@ -445,6 +445,27 @@ def test_nothing_is_packed_when_a_check_fails(project, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--team 'a/b'"):
         pack.pack(subject(project, None), "a/b", tmp_path / "out.zip")
     assert not (tmp_path / "out.zip").exists()
+
+
+def test_pins_are_read_with_blanks_markers_and_remarks(tmp_path):
+    told = "torch == 2.6.0\ntqdm==4.67.1 ; python_version=='3.10'\n# an==other\nnumpy>=2 ; python_version=='3.10'\n"
+    (tmp_path / "requirements.txt").write_text(told)
+    assert environment.pins(tmp_path / "requirements.txt") == {"torch": "2.6.0", "tqdm": "4.67.1"}
+
+
+def test_pack_refuses_a_folder_before_it_checks(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "check", None)
+    for out in (Path("."), tmp_path):
+        with pytest.raises(UserError, match="is a folder: name a file in it"):
+            pack.pack(subject(project, None), "team", out)
+
+
+@pytest.mark.parametrize("command", [["check"], ["pack", "--team", "a"]])
+def test_what_is_no_project_is_not_checked(workdir, monkeypatch, capsys, command):
+    monkeypatch.setattr(sys, "argv", ["src.submission", *command, "--device", "cpu"])
+    with pytest.raises(UserError, match="this folder has no custom_model.py and src/: run it in the project's"):
+        main()
+    assert not capsys.readouterr().out
 
 
 def test_the_shipped_hashes_are_current():

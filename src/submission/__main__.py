@@ -23,6 +23,8 @@ def export_run(args: argparse.Namespace) -> None:
 
 
 def subject(args: argparse.Namespace) -> Subject:
+    if not (Path("custom_model.py").is_file() and Path("src").is_dir()):
+        raise UserError("this folder has no custom_model.py and src/: run it in the project's")
     written = args.writeup or (Path("writeup/writeup.pdf") if args.final else None)
     data = args.data_root.resolve(), args.split_dir.resolve()
     return Subject(Path.cwd(), args.checkpoint, written, *data, str(pick_device(args.device)))

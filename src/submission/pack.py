@@ -35,6 +35,8 @@ def pack(subject: Subject, team: str, out: Path) -> None:
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", team):
         raise UserError(f"--team {team!r}: letters, digits, '-', '_' and '.' alone, for it names a folder")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name a file in it, as {out / 'submission.zip'}")
     with tempfile.TemporaryDirectory() as temporary:
         submission, lines = check(subject, Path(temporary), team)
         if bad := [line.name for line in lines if line.verdict == "FAIL"]:
