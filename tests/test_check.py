@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import typst
+from PIL import Image
 
 from custom_model import create_custom_model
 from src.faces import write_dataset
@@ -60,8 +61,8 @@ def sound(tmp_path_factory) -> Path:
     face = next((root / "data").glob("*.png"))
     for nfe in (1, 2, 4):
         (root / f"samples/nfe={nfe}").mkdir(parents=True)
-        for i in range(8):
-            shutil.copyfile(face, root / f"samples/nfe={nfe}/{i:04d}.png")
+        for i, sample in enumerate(sorted((root / "data").glob("*.png"))[:8]):
+            shutil.copyfile(sample, root / f"samples/nfe={nfe}/{i:04d}.png")
     shutil.copyfile(face, root / "face.png")
     typeset(WRITEUP, root / "writeup.pdf")
     return root
@@ -295,6 +296,26 @@ STATIC = {
         "samples",
         "older than checkpoints/best_model.pt",
     ),
+    "samples of other filters": (
+        lambda p: os.utime(own_copy(p / contents.CONFIG)),
+        "samples",
+        "older than checkpoints/best_model.pt or the config",
+    ),
+    "samples all alike": (
+        lambda p: [shutil.copyfile(p / "face.png", own_copy(path)) for path in (p / "samples/nfe=2").iterdir()],
+        "samples",
+        "in samples/ different noise gives the same image",
+    ),
+    "a sample of one colour": (
+        lambda p: Image.new("RGB", (64, 64), "red").save(own_copy(p / "samples/nfe=4/0003.png")),
+        "samples",
+        "in samples/ some are of one colour",
+    ),
+    "a stale write-up": (
+        lambda p: os.utime(own_copy(p / "writeup.pdf"), (0, 0)),
+        "write-up",
+        "older than checkpoints/best_model.pt",
+    ),
 }
 RUNNING = {
     "wrong keys": (
@@ -401,7 +422,8 @@ def test_spoiled_submissions_are_caught_unrun(name, project, tmp_path, monkeypat
     found = lines(project, tmp_path, monkeypatch, [provenance_known, *checks])
     assert found[line].verdict == "FAIL" and told in found[line].told, found
     others = {one.name for one in found.values() if one.verdict == "FAIL"} - {line}
-    assert others <= {"files", "samples"}, others  # what is spoilt may be missing too, or newer than the samples
+    # What is spoilt may be missing too, or newer than what was made of it.
+    assert others <= {"files", "samples", "write-up"}, others
 
 
 @pytest.mark.parametrize("name", RUNNING)
@@ -466,6 +488,14 @@ def test_what_is_no_project_is_not_checked(workdir, monkeypatch, capsys, command
     with pytest.raises(UserError, match="this folder has no custom_model.py and src/: run it in the project's"):
         main()
     assert not capsys.readouterr().out
+
+
+def test_what_is_laid_out_keeps_its_dates(project, tmp_path):
+    (project / contents.TARGET.parent).rename(project / "other")
+    checkpoint = project / "other" / contents.TARGET.name
+    contents.lay_out(project, tmp_path / "tree", checkpoint, None)
+    for name in (contents.TARGET, contents.CONFIG):
+        assert (tmp_path / "tree" / name).stat().st_mtime == (project / "other" / name.name).stat().st_mtime
 
 
 def test_the_shipped_hashes_are_current():

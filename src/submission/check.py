@@ -213,13 +213,28 @@ def _reason(error: str) -> str:
     return " ".join(error.split())[:300] or "no reason given"
 
 
+def flat(image: Image.Image) -> np.ndarray:
+    """An RGB image's values in [0, 1], [height * width * 3]."""
+    return np.asarray(image).reshape(-1).astype(np.float32) / 255
+
+
+def dull(drawn: list[list[np.ndarray]]) -> list[str]:
+    """What tells that a network did not draw images, for each NFE some `flat` ones."""
+    faults = []
+    if min(np.stack(images).reshape(len(images), -1, 3).std(1).max(1).min() for images in drawn) < 0.02:
+        faults.append("some are of one colour: the model has learnt nothing, or its weights are damaged")
+    if any(len(np.unique(images, axis=0)) < len(images) for images in drawn):
+        faults.append("different noise gives the same image: the sampler does not draw its noise")
+    return faults
+
+
 def images(s: Submission) -> Iterator[Line]:
     if any(not (s.drawn / f"nfe={nfe}").is_dir() for nfe in s.nfes):
         yield failed("images", "there are none to look at, see above")
         return
-    faults, drawn, alike = [], [], False
+    faults, drawn = [], []
     for nfe in s.nfes:
-        first = len(drawn)
+        drawn.append([])
         paths = sorted((s.drawn / f"nfe={nfe}").glob("*.png"))
         if [path.name for path in paths] != [f"{i:04d}.png" for i in range(s.samples)]:
             faults.append(f"nfe={nfe} holds {len(paths)} images instead of {s.samples}")
@@ -228,17 +243,12 @@ def images(s: Submission) -> Iterator[Line]:
                 if image.size != (64, 64) or image.mode != "RGB":
                     faults.append(f"{path.parent.name}/{path.name} is {image.width}x{image.height} {image.mode}")
                     continue
-                drawn.append(np.asarray(image).reshape(-1).astype(np.float32) / 255)
-        alike |= first < len(drawn) and len(np.unique(drawn[first:], axis=0)) < len(drawn) - first
-    values = np.stack(drawn) if drawn else np.zeros((1, 3))
-    if not faults and values.reshape(len(values), -1, 3).std(1).max(1).min() < 0.02:
-        faults.append("some are of one colour: the model has learnt nothing, or its weights are damaged")
-    if alike:
-        faults.append("different noise gives the same image: the sampler does not draw its noise")
-    if faults:
+                drawn[-1].append(flat(image))
+    if faults := faults or dull(drawn):
         yield failed("images", f"{'; '.join(faults[:3])}; they must be 64x64 RGB, each of its own noise")
         return
-    yield passed("images", f"{len(drawn)} images, 64x64 RGB, none of one colour, no two of one NFE alike")
+    values = np.concatenate(drawn)
+    yield passed("images", f"{len(values)} images, 64x64 RGB, none of one colour, no two of one NFE alike")
     try:
         paths = split_paths(s.subject.data_root, "train", s.subject.split_dir)
     except UserError as error:
@@ -295,29 +305,38 @@ def report(s: Submission) -> Iterator[Line]:
     """The write-up and the samples of a final submission."""
     if not s.subject.written:
         return
-    short = [f"samples/nfe={nfe}" for nfe in NFES if len(list((s.tree / f"samples/nfe={nfe}").glob("*.png"))) < 8]
-    dated = [path.stat().st_mtime for nfe in NFES for path in (s.tree / f"samples/nfe={nfe}").glob("*.png")]
-    made = (s.tree / TARGET).stat().st_mtime if (s.tree / TARGET).is_file() else 0
+    samples = {f"samples/nfe={nfe}": sorted((s.tree / f"samples/nfe={nfe}").glob("*.png")) for nfe in NFES}
+    short = [folder for folder, paths in samples.items() if len(paths) < 8]
+    # The config too: its filters change samples, and what a write-up tells of the sampler.
+    made = max((path.stat().st_mtime for path in (s.tree / TARGET, s.tree / CONFIG) if path.is_file()), default=0)
+    older = f"older than {TARGET} or the config beside it"
     if short:
         yield failed("samples", f"fewer than 8 images in {', '.join(short)}: python sampling.py")
-    elif min(dated) < made:
-        yield failed("samples", f"samples/ is older than {TARGET}: python sampling.py")
+    elif min(path.stat().st_mtime for paths in samples.values() for path in paths) < made:
+        yield failed("samples", f"samples/ is {older}: python sampling.py")
     else:
-        faults = []
-        for path in sorted((s.tree / "samples").rglob("*.png")):
-            try:
-                with Image.open(path) as image:
-                    image.load()
-                    faults += [path.name] * (image.size != (64, 64) or image.mode != "RGB")
-            except (OSError, SyntaxError):  # what Pillow raises for broken files
-                faults.append(path.name)
+        faults, drawn = [], []
+        for paths in samples.values():
+            drawn.append([])
+            for path in paths:
+                try:
+                    with Image.open(path) as image:
+                        drawn[-1].append(flat(image))
+                        faults += [path.name] * (image.size != (64, 64) or image.mode != "RGB")
+                except (OSError, SyntaxError):  # what Pillow raises for broken files
+                    faults.append(path.name)
         if faults:
             yield failed("samples", f"{', '.join(faults[:3])} in samples/ no readable 64x64 RGB: python sampling.py")
+        elif faults := dull(drawn):
+            yield failed("samples", f"in samples/ {'; '.join(faults)}: python sampling.py")
         else:
-            yield passed("samples", f"images of NFE 1, 2 and 4, 64x64 RGB, not older than {TARGET}")
+            told = "none of one colour, no two of one NFE alike, not older than the checkpoint and its config"
+            yield passed("samples", f"images of NFE 1, 2 and 4, 64x64 RGB, {told}")
     if not (s.tree / WRITEUP).is_file():
         yield failed("write-up", "missing: python writeup/build.py RUN")
         return
+    if (s.tree / WRITEUP).stat().st_mtime < made:
+        yield failed("write-up", f"{older}: python writeup/build.py RUN, of a new report")
     try:
         from src.submission import writeup  # reads PDFs and bibliographies, which no TA needs to
     except ModuleNotFoundError as error:

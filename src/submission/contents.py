@@ -56,6 +56,7 @@ def lay_out(root: Path, tree: Path, checkpoint: Path, writeup: Path | None) -> b
     config = tree / CONFIG
     if config.is_file() and checkpoint.is_file() and checkpoint.resolve() != (root / TARGET).resolve():
         write_json(config, read_config(config) | objective_of(read_checkpoint(checkpoint)))
+        shutil.copystat(checkpoint.with_name("model_config.json"), config)  # samples must not be older than it either
 
     official = root / "base_code"
     if not official.is_dir():
