@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from functools import partial
@@ -15,7 +16,7 @@ from PIL import Image
 from custom_model import create_custom_model
 from src.faces import write_dataset
 from src.images import read_rgb
-from src.submission import base_code, contents, environment, pack
+from src.submission import base_code, contents, environment, pack, writeup
 from src.submission import check as checking
 from src.submission.__main__ import main
 from src.utils import UserError, save_model
@@ -286,10 +287,20 @@ STATIC = {
         "0000.png in samples/ no readable 64x64 RGB",
     ),
     "letter paper": (spoiled_writeup('"a4"', '"us-letter"'), "write-up pages", "page 1 is not A4"),
+    "the template's names": (
+        spoiled_writeup("We train", "Few-step generation: Team\nname. We train"),
+        "write-up names",
+        "still Team name: edit writeup/text.typ",
+    ),
     "no training time": (spoiled_writeup("for 3.5 hours", "for long"), "write-up parts", "total training time"),
     "no early samples": (spoiled_writeup("Early samples", "Samples"), "write-up parts", "samples from early training"),
     "no pictures": (spoiled_writeup('#image("face.png")', ""), "write-up parts", "pictures"),
     "a method not cited": (spoiled_writeup("SoFlow: Solution Flow", "Some"), "citations", "luo2025soflow (SoFlow"),
+    "references in latin-1": (
+        lambda p: own_copy(p / "references.bib").write_bytes(b"@misc{a, title={\xe9}}"),
+        "citations",
+        "references.bib cannot be read",
+    ),
     "no samples": (lambda p: shutil.rmtree(p / "samples/nfe=2"), "samples", "python sampling.py"),
     "stale samples": (
         lambda p: os.utime(own_copy(p / "samples/nfe=1/0000.png"), (0, 0)),
@@ -488,6 +499,20 @@ def test_what_is_no_project_is_not_checked(workdir, monkeypatch, capsys, command
     with pytest.raises(UserError, match="this folder has no custom_model.py and src/: run it in the project's"):
         main()
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "told",
+    ["3.5 hours", "22 H200-minutes", "9 GPU·h", "a 25-minute session on one H200", "two days", "half a day",
+     "90~min", "12 device hours", "eight GPU days"],
+)  # fmt: skip
+def test_a_training_time_is_found(told):
+    assert re.search(writeup.PARTS["training details: total training time"], f"It took {told}.", re.I | re.M)
+
+
+@pytest.mark.parametrize("told", ["a long time", "section 2. Hours later", "some days", "64x64 images"])
+def test_what_tells_no_training_time_is_not_taken_for_one(told):
+    assert not re.search(writeup.PARTS["training details: total training time"], f"It took {told}.", re.I | re.M)
 
 
 def test_what_is_laid_out_keeps_its_dates(project, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from pypdf import PdfReader
 
 from custom_model import create_custom_model
@@ -16,6 +17,7 @@ from src.submission.writeup import judge, letters
 from src.utils import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
+OWN_FIGURE = 'failures = [#image("mine.png", width: 9pt)]'
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +25,9 @@ def trained(tmp_path_factory, faces) -> Path:
     """A folder with the write-up's sources, a finished run of two stages, and its report."""
     folder = tmp_path_factory.mktemp("writeup")
     shutil.copytree(ROOT / "writeup", folder / "writeup", ignore=shutil.ignore_patterns("*.pdf", "__pycache__"))
+    words = folder / "writeup/text.typ"
+    named = words.read_text().replace("[Team name]", "[Nine]").replace("[First Author, Second Author]", "[A, B]")
+    words.write_text(named)
     shutil.copyfile(ROOT / "references.bib", folder / "references.bib")
     flags = ["--data_root", str(faces), "--split_dir", str(faces), "--device", "cpu"]
     train = "--unet small --image_size 32 --stages rectified_flow:0.5,alpha_flow/alpha=0.25:0.5 --num_iterations 4"
@@ -68,15 +73,16 @@ def build(project: Path, *runs: str) -> subprocess.CompletedProcess:
 
 def test_write_up_is_whole_and_keeps_the_teams_words(project):
     words = project / "writeup/text.typ"
-    words.write_text(words.read_text().replace("[Team name]", "[The Springfield Nine]"))
-    own = words.read_text()
+    own = words.read_text().replace("[Nine]", "[The Springfield Nine]").replace("failures = []", OWN_FIGURE)
+    words.write_text(own)
+    Image.new("RGB", (9, 9)).save(project / "writeup/mine.png")
     result = build(project)
     assert result.returncode == 0, result.stderr
     pdf = project / "writeup/writeup.pdf"
     provenance = torch.load(project / "run/smooth/final_model.pt", weights_only=True)["provenance"]
     judged = list(judge(pdf, project / "references.bib", provenance))
-    assert [name for name, _, _ in judged] == ["write-up pages", "write-up parts", "citations"]
-    assert [fault for _, fault, _ in judged] == ["", "", ""]
+    assert [name for name, _, _ in judged] == ["write-up pages", "write-up names", "write-up parts", "citations"]
+    assert [fault for _, fault, _ in judged] == [""] * 4
     text = "\n".join(page.extract_text() for page in PdfReader(pdf).pages)
     report = json.loads((project / "run/report/report.json").read_text())
     told = (
@@ -93,8 +99,23 @@ def test_write_up_is_whole_and_keeps_the_teams_words(project):
     )
     for words_of in told:
         assert letters(words_of) in letters(text), words_of  # lines may break anywhere
-    assert sum(len(page.images) for page in PdfReader(pdf).pages) == 8 + 2
+    assert sum(len(page.images) for page in PdfReader(pdf).pages) == 8 + 2 + 1
     assert build(project).returncode == 0 and words.read_text() == own
+
+
+def test_references_on_a_third_page_and_a_line_cut_short_are_no_fault_names_of_nobody_are(project):
+    shutil.copyfile(ROOT / "writeup/text.typ", project / "writeup/text.typ")
+    template = project / "writeup/template.typ"
+    template.write_text(template.read_text().replace("#bibliography(", "#pagebreak() ~ #pagebreak()\n#bibliography("))
+    with (project / "run/metrics.jsonl").open("a") as metrics:
+        metrics.write("7")  # a line that was cut short
+    result = build(project, "run", "--out", "new/folder/other.pdf")
+    pdf = project / "new/folder/other.pdf"
+    assert result.returncode == 0, result.stderr
+    assert len(PdfReader(pdf).pages) == 3 and "run is a folder" in build(project, "run", "--out", "run").stderr
+    faults = {name: fault for name, fault, _ in judge(pdf, project / "references.bib", {})}
+    assert faults["write-up pages"] == ""
+    assert faults["write-up names"].startswith("still Team name and First Author, Second Author: edit writeup/text.typ")
 
 
 def scored_as(project: Path, run: str, checkpoint: str) -> dict:
@@ -113,7 +134,7 @@ def test_a_model_of_an_early_stage_is_told_as_it_was_trained(project, faces):
     result = build(project)
     assert result.returncode == 0, result.stderr
     pdf = project / "writeup/writeup.pdf"
-    assert [fault for _, fault, _ in judge(pdf, project / "references.bib", provenance)] == ["", "", ""]
+    assert [fault for _, fault, _ in judge(pdf, project / "references.bib", provenance)] == [""] * 4
     assert "alpha=0.25" not in letters("".join(page.extract_text() for page in PdfReader(pdf).pages))
 
     # Another run goes on from it.
@@ -137,7 +158,7 @@ def test_a_run_that_goes_on_from_a_mixture_tells_of_it(project, faces):
     result = build(project, "run", "second")
     assert result.returncode == 0, result.stderr
     pdf = project / "writeup/writeup.pdf"
-    assert [fault for _, fault, _ in judge(pdf, project / "references.bib", provenance)] == ["", "", ""]
+    assert [fault for _, fault, _ in judge(pdf, project / "references.bib", provenance)] == [""] * 4
     text = "".join(page.extract_text() for page in PdfReader(pdf).pages)
     assert letters("with those after stage 1, of these a share of 0.25") in letters(text)
 
@@ -195,9 +216,16 @@ def in_bfloat16(report: Path) -> None:
         (lambda p: changed(p, lambda r: r.update(teacher="abc")), "is of an older version"),
         (
             lambda p: (p / "writeup/text.typ").open("a").write("#let technical = [#lorem(2500)]\n"),
-            "pages, at most 2 count: shorten writeup/text.typ",
+            "pages before the references end, 2 count: shorten writeup/text.typ",
         ),
         (lambda p: (p / "writeup/text.typ").open("a").write("#let technical = [@nobody]\n"), "typesetting failed"),
+        (lambda p: (p / "run/report/report.json").write_text("{}"), "is of another model than run trained"),
+        (lambda p: (p / "run/report/report.json").write_text("[]"), "report.json is damaged (no object)"),
+        (lambda p: (p / "references.bib").open("ab").write("é".encode("latin-1")), "references.bib is not in UTF-8"),
+        (
+            lambda p: (p / "writeup/typst.py").write_text("raise ModuleNotFoundError(name='typst')"),
+            "cannot be typeset without typst: pip install -r requirements-dev.txt",
+        ),
     ],
 )
 def test_an_incomplete_write_up_is_not_built(project, spoil, told):

@@ -21,13 +21,16 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
-import typst  # noqa: E402
-from pypdf import PdfReader  # noqa: E402
+from pages import PAGES, counted  # noqa: E402
+
+try:
+    import typst
+    from pypdf import PdfReader
+except ModuleNotFoundError as error:
+    sys.exit(f"error: a write-up cannot be typeset without {error.name}: pip install -r requirements-dev.txt")
 
 HERE = Path(__file__).resolve().parent
 BIBLIOGRAPHY = HERE.parent / "references.bib"
-SOURCES = ("template.typ", "methods.typ", "text.typ")
-PAGES = 2
 EARLY = 4  # checkpoints to show two images of each
 
 
@@ -39,16 +42,27 @@ def read(path: Path, remedy: str) -> dict:
     if not path.is_file():
         raise Fault(f"{path} is missing: {remedy}")
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise Fault(f"{path} is damaged ({error}): {remedy}") from None
+    if not isinstance(content, dict):
+        raise Fault(f"{path} is damaged (no object): {remedy}")
+    return content
+
+
+def words(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise Fault(f"{path} is not in UTF-8 ({error}): save it as such") from None
 
 
 def parsed(line: str) -> dict:
     try:
-        return json.loads(line)
+        content = json.loads(line)
     except ValueError:  # the last line of a run that was killed while writing it
-        return {}
+        content = None
+    return content if isinstance(content, dict) else {}  # of a line's beginning, or end, a number may be left
 
 
 def copied(source: Path, target: Path, remedy: str) -> None:
@@ -176,7 +190,9 @@ def in_words(seconds: float) -> str:
 
 
 def build(runs: list[Path], report: Path, target: Path) -> None:
-    """Write the PDF whole or not at all; Fault if it would be incomplete or longer than two pages."""
+    """Write the PDF whole or not at all; Fault if it would be incomplete or more than two of its pages count."""
+    if target.is_dir():
+        raise Fault(f"--out {target} is a folder: name a file in it, as {target / 'writeup.pdf'}")
     records = [read(run / "run.json", "name a folder that train.py wrote") for run in runs]
     for run, record in zip(runs, records, strict=True):
         told = "citations" in record and all({"lr", "batch_size"} <= set(stage) for stage in record["stages"])
@@ -184,14 +200,14 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
             raise Fault(f"{run}/run.json is of an older version: run the same training command again, which renews it")
     scored = read(report / "report.json", "python -m src.evaluation report --checkpoint checkpoints/best_model.pt "
                   f"--out {report}")  # fmt: skip
-    if not goes_on(scored["provenance"].get("stages", []), records[-1]):
+    if not goes_on(scored.get("provenance", {}).get("stages", []), records[-1]):
         raise Fault(f"{report} is of another model than {runs[-1]} trained: write it again")
     if "bf16" not in scored:
         raise Fault(f"{report} is of an older version: write it again")
     if scored["bf16"]:
         raise Fault(f"{report} is of bfloat16 samples, and sampling.py draws float32 ones: write it without --bf16")
     check_order(runs, records)
-    known = set(re.findall(r"@\w+\{([^,\s]+),", BIBLIOGRAPHY.read_text()))
+    known = set(re.findall(r"@\w+\{([^,\s]+),", words(BIBLIOGRAPHY)))
     last = records[-1]
     cited = scored["provenance"]["citations"]  # the training's, and what the sampler was given since
     check_keys([*cited, *scored["citations"]], known)
@@ -204,7 +220,7 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
     full = model["unet"] == "full" and model["image_size"] == 64
     nfes = list(scored["nfe"])
     data = {
-        "stages": stages(scored["provenance"]["stages"], (HERE / "methods.typ").read_text(), known),
+        "stages": stages(scored["provenance"]["stages"], words(HERE / "methods.typ"), known),
         "citations": cited,
         "sampler": {name: by_nfe(values) for name, values in scored["sampler"].items()},
         "settings": f"AdamW, seed {settings['seed']}, times {settings['time_sampling'].replace('_', ' ')}"
@@ -238,19 +254,19 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
     }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        shutil.copytree(HERE, folder, dirs_exist_ok=True)  # the team's own figures too
         data["early"] = early_samples(runs[0], folder)
         plot_losses(runs, records, folder / "loss.svg")
         for name in ("samples.png", "farthest.png"):
             copied(report / name, folder / name, "write the report again")
-        for name in SOURCES:
-            shutil.copyfile(HERE / name, folder / name)
         shutil.copyfile(BIBLIOGRAPHY, folder / "references.bib")
         (folder / "data.json").write_text(json.dumps(data))
+        target.parent.mkdir(parents=True, exist_ok=True)
         pdf = target.with_name(f".{target.name}.tmp")
         try:
             typst.compile(folder / "template.typ", output=pdf)
-            if (count := len(PdfReader(pdf).pages)) > PAGES:
-                raise Fault(f"{count} pages, at most {PAGES} count: shorten writeup/text.typ")
+            if (count := counted([page.extract_text() for page in PdfReader(pdf).pages])) > PAGES:
+                raise Fault(f"{count} pages before the references end, {PAGES} count: shorten writeup/text.typ")
             os.replace(pdf, target)
         except typst.TypstError as error:
             raise Fault(f"typesetting failed: {error}") from None
@@ -268,7 +284,7 @@ def main() -> None:
         build(args.runs, args.report or args.runs[-1] / "report", args.out)
     except (Fault, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{args.out}: two A4 pages at most; look at them")
+    print(f"{args.out}: two A4 pages at most before the references; look at them")
 
 
 if __name__ == "__main__":

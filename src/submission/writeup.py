@@ -9,20 +9,25 @@ from pybtex.database import parse_file
 from pybtex.exceptions import PybtexError
 from pypdf import PdfReader
 
+from writeup.pages import HEADING, PAGES, counted
+
 A4 = (595.3, 841.9)  # points
-PAGES = 2
+PLACEHOLDERS = ("Team name", "First Author, Second Author")  # of writeup/text.typ
 # The challenge's four parts, and how a text shows that it has them.
 PARTS = {
     "technical details": r"technical|\bmethods?\b",
     "training details: loss curves": r"\bloss",
-    "training details: total training time": r"\d[\s~]*((gpu|device)[\s-]*)?(h|hrs?|hours?|mins?|minutes?|days?)\b",
+    # A number, or a word for one, then the unit, of a chip or not: 9 GPU·h, a 25-minute session, two days.
+    "training details: total training time": r"(\d|\b(half an?|one|two|three|four|five|six|seven|eight|nine|ten"
+    r"|eleven|twelve|fifteen|twenty|thirty|forty))[^\w.,;:()]*((gpu|device)s?[^\w.,;:()]*)?"
+    r"(h|hrs?|hours?|mins?|minutes?|days?)\b",
     "qualitative evidence: samples from early training": r"\bearly\b",
-    "citations": r"^\W*[\divx]*\W*(references|bibliography)\s*$",  # a heading, alone in its line
+    "citations": HEADING.pattern,
 }
 
 
 def judge(pdf: Path, bibliography: Path, provenance: dict) -> Iterator[tuple[str, str, str]]:
-    """(what, fault or "", what is right) for the pages, the parts and the citations.
+    """(what, fault or "", what is right) for the pages, the names, the parts and the citations.
 
     Args:
         provenance: the checkpoint's: its `stages` and `citations` name keys of the bibliography.
@@ -37,16 +42,17 @@ def judge(pdf: Path, bibliography: Path, provenance: dict) -> Iterator[tuple[str
         return
 
     wrong = [i + 1 for i, size in enumerate(sizes) if max(abs(a - b) for a, b in zip(size, A4, strict=True)) > 2]
-    heading = re.compile(PARTS["citations"], re.I | re.M)
-    before = max((i + 1 for i, text in enumerate(texts) if heading.search(text)), default=len(texts))
-    if before == PAGES + 1 and heading.match(texts[PAGES].strip()):
-        before = PAGES
     fault = f"page {wrong[0]} is not A4" if wrong else ""
-    if before > PAGES:
+    if (before := counted(texts)) > PAGES:
         fault = f"{before} pages before the references end: what lies beyond page {PAGES} will be ignored"
     yield "write-up pages", fault, f"{len(texts)} A4 pages, at most {PAGES} before the references"
 
     whole = "\n".join(texts)
+    line = " ".join(whole.split())
+    left = [text for text in PLACEHOLDERS if re.search(rf"\b{text}\b", line)]
+    fault = f"still {' and '.join(left)}: edit writeup/text.typ, build it again" if left else ""
+    yield "write-up names", fault, "the team's and the authors', in the place of the template's"
+
     absent = [part for part, shown in PARTS.items() if not re.search(shown, whole, re.I | re.M)]
     absent += ["pictures"] if not pictures else []
     fault = f"not found: {', '.join(absent)} (10 % off for each part)" if absent else ""
@@ -59,7 +65,7 @@ def judge(pdf: Path, bibliography: Path, provenance: dict) -> Iterator[tuple[str
         return
     try:
         known = parse_file(str(bibliography)).entries if bibliography.is_file() else {}
-    except PybtexError as error:
+    except (PybtexError, UnicodeDecodeError) as error:
         yield "citations", f"references.bib cannot be read: {error}", ""
         return
     if unknown := [key for key in keys if key not in known]:
