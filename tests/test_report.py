@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import cleanfid.fid
 import numpy as np
@@ -21,7 +22,7 @@ from src.evaluation.features import load_features
 from src.evaluation.intervals import at_infinity, mean_interval
 from src.evaluation.report import Model, flattened
 from src.evaluation.scoring import Data
-from src.utils import UserError, has_bf16, load_model, save_model, tensor_to_pil_image
+from src.utils import UserError, has_bf16, load_model, save_model, tensor_to_pil_image, write_json
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -243,13 +244,30 @@ def test_comparison_and_ablation(runs, faces, tiny_network, script_env):
     whole[whole.index("fast:lr=1e-3")] = "fast:lr=1e-2"  # another experiment under the same name
     result = subprocess.run(whole, cwd=runs, env=script_env, capture_output=True, text=True)
     assert result.returncode == 1 and "lr was 0.001 and is now 0.01" in result.stderr
-    whole[whole.index("fast:lr=1e-2")] = "typo:lrr=1e-3"
-    result = subprocess.run([*whole, "--seed", "7"], cwd=runs, env=script_env, capture_output=True, text=True)
-    assert result.returncode == 1 and "unrecognized arguments: --lrr" in result.stderr
-    assert json.loads((runs / "ablated/base/training_config.json").read_text())["seed"] == 42  # seen before any ran
-    whole[whole.index("typo:lrr=1e-3") : whole.index("--out") + 2] = ["fast:lr=1e-3", *map(str, flags), "--out", "cut"]
-    result = subprocess.run([*whole, "--max_minutes", "1e-6"], cwd=runs, env=script_env, capture_output=True, text=True)
-    assert result.returncode == 1 and "cut/base is at iteration 1 of 2: the same command goes on" in result.stderr
+
+
+def test_ablate_plans_all_before_it_trains_and_compares_no_unfinished_run(faces, workdir, tiny_network, monkeypatch):
+    calls = []
+
+    def run_to_the_end(command, **output):
+        calls.append(command)
+        if "--lrr" in command:
+            raise UserError("unrecognized arguments: --lrr")
+        if "--dry_run" not in command:
+            folder = Path(command[-1])
+            write_json(folder / "training_config.json", {"num_iterations": 5})
+            save_model(torch.nn.Linear(1, 1), folder / "final_model.pt", {}, provenance={"step": 4})
+
+    monkeypatch.setattr("src.evaluation.compare.run_to_the_end", run_to_the_end)
+    flags = ["--data_root", faces, "--split_dir", faces, "--features", tiny_network, "--out", "out", "--device", "cpu"]
+    for change, message in (
+        ("typo:lrr=1e-3", "unrecognized arguments: --lrr"),
+        ("fast:lr=1e-3", "out/base is at iteration 4 of 5: the same command goes on"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["src.evaluation", "ablate", "--change", change, *map(str, flags)])
+        with pytest.raises(UserError, match=re.escape(message)):
+            main()
+    assert ["--dry_run" in command for command in calls] == [True, True, False]
 
 
 def test_mirrored_copies_are_found(faces, workdir, tiny_network):

@@ -85,7 +85,7 @@ def ablate(args: argparse.Namespace) -> None:
         name: [sys.executable, "train.py", *data, *args.base, *flags, "--save_dir", str(Path(args.out) / name)]
         for name, flags in changes.items()
     }
-    for command in commands.values():  # a wrong flag of the last one shows before hours of the first
+    for command in list(commands.values())[1:]:  # a wrong flag of the last one shows before hours of the first
         run_to_the_end([*command, "--dry_run"], stdout=subprocess.DEVNULL)
     for name, command in commands.items():  # runs go on by it, finished ones end at once, others are refused
         run_to_the_end(command)
