@@ -38,8 +38,9 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
     if not names:
         raise UserError(f"{run} holds none of {', '.join(CHOICES)}: is it a folder that train.py wrote?")
     source = run / names[0]
-    if target != TARGET and target.exists() and target.parent.resolve() == source.parent.resolve():
-        raise UserError(f"--out {target} would replace a model of {run}: choose another folder")
+    kept = target.name in CHOICES or target.name.startswith("checkpoint_iter_") or target.name == source.name
+    if kept and target != TARGET and target.parent.resolve() == source.parent.resolve():
+        raise UserError(f"--out {target} would replace a model of {run}: choose another name")
     saved = read_checkpoint(source)
     config = read_config(run / "model_config.json")
     for name, value in FORBIDDEN.items():
