@@ -349,7 +349,8 @@ def load_model(
     try:
         model = create_model_fn(device=device, **config)
     except (TypeError, ValueError, AttributeError, KeyError) as error:  # what a number in a dict's place leads to
-        raise UserError(f"{config_path} holds a setting of the wrong kind: {error}") from error
+        told = f"{type(error).__name__}: {error}"
+        raise UserError(f"no model can be made with the settings of {config_path} ({told}): mend them") from error
     try:
         model.load_state_dict(weights_of(checkpoint, checkpoint_path), strict=True)
     except RuntimeError as error:

@@ -125,6 +125,7 @@ def in_sampler(code: str):
     return change
 
 
+OPTIONAL = "import json\ntry:\n    from lpips import LPIPS\nexcept ImportError:\n    pass"
 STAR = "import json\nfrom torchvision import *\nmake = lambda: models.resnet18()"
 INCEPTION = "evaluation.features import official_inception"
 YELLOW = "        x = x * 0 + torch.tensor([1.0, 0.7, -0.9])[:, None, None]"
@@ -224,9 +225,7 @@ STATIC = {
         "train.py: cleanfid",
     ),
     "a pretrained network, should there be one": (
-        lambda p: replaced(
-            p / "train.py", "import json", "import json\ntry:\n    import lpips\nexcept ImportError:\n    lpips = None"
-        ),
+        lambda p: replaced(p / "train.py", "import json", OPTIONAL),
         "from scratch",
         "train.py: lpips",
     ),

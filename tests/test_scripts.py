@@ -130,7 +130,7 @@ def in_eight_bits_without(run: Path, name: str) -> None:
         (lambda run: in_eight_bits_without(run, "network.head.weight"), "head.weight is missing, its scales alone"),
         (lambda run: in_eight_bits_without(run, "network.head.weight::scale"), "head.weight has 8 bits and no scales"),
         *(
-            (lambda run, one=one: write_json(run / "model_config.json", CONFIG | one), "a setting of the wrong kind")
+            (lambda run, one=one: write_json(run / "model_config.json", CONFIG | one), "no model can be made with")
             for one in (
                 {"smoothing": 0.03},
                 {"smoothing": {"1": None}},
