@@ -247,8 +247,9 @@ def test_accumulation_does_not_change_the_gradient(model):
             accumulate_gradient(Loss(loss_function, nets, trained), data, noise, draw, 0.3, slices)
             gradients.append(torch.cat([p.grad.flatten() for p in trained.parameters()]))
         for gradient in gradients[1:]:
-            # Samples that went through several networks carry more rounding.
-            assert (gradient - gradients[0]).norm() < (1e-3 if nets.critic else 3e-5) * gradients[0].norm()
+            # Samples that went through several networks carry more rounding, and a slope by finite differences more
+            # still: 1.3e-3 on a chip with AVX512. A sample too few, or twice, would be some hundredths.
+            assert (gradient - gradients[0]).norm() < (5e-3 if nets.critic else 3e-5) * gradients[0].norm()
 
 
 def test_resumed_training_is_bitwise_equal(name, faces, workdir, monkeypatch):
