@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cleanfid.fid
 import numpy as np
@@ -22,6 +23,7 @@ from src.evaluation.features import load_features
 from src.evaluation.intervals import at_infinity, mean_interval
 from src.evaluation.report import Model, flattened
 from src.evaluation.scoring import Data
+from src.evaluation.speed import seconds
 from src.utils import UserError, has_bf16, load_model, save_model, tensor_to_pil_image, write_json
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -278,6 +280,13 @@ def test_mirrored_copies_are_found(faces, workdir, tiny_network):
     mirrored = flattened(train.pixels[:5, :, ::-1])
     index, distance = nearest(mirrored, flattened(pixels))
     assert index.tolist() == [24, 25, 26, 27, 28] and (distance < 1e-5).all()
+
+
+def test_a_calls_time_is_the_median_of_all_but_the_first(monkeypatch):
+    for times, median in (([9.0, 1.0, 4.0], 2.5), ([9.0, 5.0, 1.0, 2.0], 2.0)):
+        ticks = iter([tick for time in times for tick in (0.0, time)])
+        monkeypatch.setattr("src.evaluation.speed.time", SimpleNamespace(perf_counter=ticks.__next__))
+        assert seconds(lambda: None, torch.device("cpu"), len(times) - 1) == median
 
 
 def test_speed_counts_the_network_calls(runs, script_env):
