@@ -75,7 +75,7 @@ class CustomScheduler(BaseScheduler):
         return (
             "liu2023flow",
             *TIME_SAMPLINGS[self.time_sampling],
-            *(("tong2025learning",) if self.time_grids else ()),
+            *(("tong2025learning", "nelder1965simplex") if self.time_grids else ()),
             *(("buades2005nonlocal",) if self.smoothing else ()),
             *(("gonzalez2018digital",) if self.sharpening else ()),
         )

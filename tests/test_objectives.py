@@ -21,7 +21,7 @@ from src.objectives.adversarial import DRAWN, WOBBLE, feature_gap, octave_noise,
 from src.objectives.contract import Nets
 from src.objectives.critics import ConvCritic, augment, warp
 from src.objectives.rollout import in_turn, roll_out, sample_through
-from src.training import engine
+from src.training import engine, fusing
 from src.training.data import load_images
 from src.training.distributed import World
 from src.training.engine import CITATIONS as TRAINING
@@ -770,9 +770,23 @@ def test_every_objective_says_what_its_options_mean_and_whom_it_cites():
             assert option in told, (name, option)
         assert kind.citations, name
     known = set(re.findall(r"@\w+\{([^,\s]+),", (ROOT / "references.bib").read_text()))
-    named = {key for kind in OBJECTIVES.values() for key in kind.citations}
-    named |= set(make_objective("adversarial/warped=0.5/matching=1", CustomScheduler(16)).citations)
-    named |= {key for keys in TIME_SAMPLINGS.values() for key in keys} | set(TRAINING) | set(SCORES)
+    cited = {name: make_objective(name, CustomScheduler(16)).citations for name in OBJECTIVES}
+    # What an option adds is cited where it is on, and only there.
+    for name, key in (
+        ("adversarial/warped=0.5", "sinha2021negative"),
+        ("adversarial/matching=1", "salimans2016improved"),
+        ("mean_flow/improved=true", "geng2025improved"),
+    ):
+        cited[name] = make_objective(name, CustomScheduler(16)).citations
+        assert key in cited[name] and key not in cited[name.split("/")[0]]
+    for name, key in (
+        ("adversarial/augmented=false", "zhao2020differentiable"),
+        ("adversarial/critic=conv", "sauer2024fast"),
+        ("alpha_flow/anneal=10", "luo2025soflow"),
+    ):
+        assert key not in make_objective(name, CustomScheduler(16)).citations and key in cited[name.split("/")[0]]
+    named = {key for keys in cited.values() for key in keys} | set(TRAINING) | set(SCORES) | set(fusing.CITATIONS)
+    named |= {key for keys in TIME_SAMPLINGS.values() for key in keys}
     assert named <= known, named - known
     described = (ROOT / "writeup/methods.typ").read_text()
     for name in OBJECTIVES:

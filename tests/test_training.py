@@ -28,7 +28,7 @@ from src.training import engine, fusing
 from src.training.data import batch_indices, load_images, to_batch
 from src.training.distributed import World
 from src.training.ema import EMA, gamma_of
-from src.training.engine import Loss, Recipe, accumulate_gradient, compiles, plan, train
+from src.training.engine import Loss, Recipe, Training, accumulate_gradient, compiles, plan, train
 from src.training.estimate import estimate
 from src.training.record import plot_curves
 from src.utils import UserError, has_bf16, load_model, save_model, tensor_to_pil_image
@@ -366,6 +366,15 @@ def test_a_fused_network_is_the_same_function_and_so_are_its_copies(randomised):
     for found in results[1:]:
         for a, b in zip(results[0], found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=max(1e-4 * a.abs().max().item(), 1e-6 * scale))
+
+
+@pytest.mark.parametrize(("on_gpu", "compiling"), [(False, False), (True, False), (True, True)])
+def test_a_run_cites_fused_attention_where_it_was_fused(on_gpu, compiling):
+    model = create_custom_model(unet="small", image_size=32)
+    training = Training(model, np.zeros((8, 3, 32, 32), np.uint8), Recipe(batch_size=8), one_stage(model))
+    training.on_gpu, training.compiling = on_gpu, compiling
+    assert ("dao2022flashattention" in training.citations) == (on_gpu and not compiling)
+    assert training.citations[0] == "challenge2025"
 
 
 def test_scores_are_logged_and_the_best_model_kept(small_run):

@@ -33,7 +33,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """Squared MMD with the kernel (x.y/D + 1)^3, unbiased, and its standard error (KID, arXiv:1801.01401).
 
     Over all pairs of [N, D] and [M, D], where clean-fid averages the same estimate over random subsets. The standard
-    error is that of the estimate's first-order part, sums over one image (arXiv:1801.01401, appendix C).
+    error is that of the estimate's first-order part, sums over one image (arXiv:1511.04581).
     """
     a, b = a.astype(np.float64), b.astype(np.float64)
     width = a.shape[1]

@@ -39,6 +39,7 @@ CITATIONS = (
     "heusel2017gans",
     "parmar2022aliased",
     "binkowski2018demystifying",
+    "bounliphone2016test",
     "kynkaanniemi2019improved",
     "naeem2020reliable",
     "chong2020effectively",

@@ -176,7 +176,7 @@ def choose_grids(checkpoint: Path, out: Path, nfes: list[int], count: int, seed:
         chosen[str(nfe)] = grid if better else None
         print(f"NFE {nfe}: {grid}, error {errors['found']:.5f}, uniform {errors['uniform']:.5f}"
               f"{'' if better else ': no gain on other noise, left uniform'}")  # fmt: skip
-    save_chosen(model, checkpoint, out, ("tong2025learning",), time_grids=chosen)
+    save_chosen(model, checkpoint, out, ("tong2025learning", "nelder1965simplex"), time_grids=chosen)
 
 
 def save_chosen(model, checkpoint: Path, out: Path, citations: tuple[str, ...], **settings: dict) -> None:

@@ -74,14 +74,16 @@ class Adversarial(Objective):
         "choi2020stargan",
         "adler2018banach",
         "field1987relations",
-        "zhao2020differentiable",
-        "sauer2024fast",
     )
 
     def __post_init__(self):
         super().__post_init__()
         if self.critic not in ("encoder", "conv"):
             raise UserError(f"unknown critic {self.critic!r}: choose encoder or conv")
+        if self.critic == "encoder":
+            self.citations += ("sauer2024fast",)
+        if self.augmented:
+            self.citations += ("zhao2020differentiable",)
         if self.warped:
             self.citations += ("sinha2021negative",)
         if self.matching:

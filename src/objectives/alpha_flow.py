@@ -16,7 +16,7 @@ class AlphaFlow(JumpRegression):
     """u(x_t, t, d) <- alpha v + (1 - alpha) u_ema(x_t - alpha d v, t - alpha d, (1 - alpha) d) (eq. 8).
 
     alpha = 1 is flow matching, alpha -> 0 MeanFlow. With no `anneal`, alpha stays: the constant ratio that
-    arXiv:2512.15657 trains short runs with. The paper's u without gradient is the student, not its EMA.
+    the code of arXiv:2512.15657 advises for short runs. The paper's u without gradient is the student, not its EMA.
 
     Args:
         alpha: its last, and smallest, value.
@@ -34,12 +34,14 @@ class AlphaFlow(JumpRegression):
     own: bool = False
     power: float = 0.75
 
-    citations = ("zhang2025alphaflow", "luo2025soflow")
+    citations = ("zhang2025alphaflow",)
 
     def __post_init__(self):
         super().__post_init__()
         if self.alpha > 1:  # it would step past the end of the jump
             raise UserError(f"the option alpha must be at most 1, got {self.alpha}")
+        if not self.anneal:
+            self.citations += ("luo2025soflow",)
 
     @property
     def follows_progress(self) -> bool:

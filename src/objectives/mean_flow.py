@@ -33,10 +33,12 @@ class MeanFlow(JumpRegression):
     improved: bool = False
     power: float = 0.75
 
-    citations = ("geng2025mean", "geng2025improved")
+    citations = ("geng2025mean",)
 
     def __post_init__(self):
         super().__post_init__()
+        if self.improved:
+            self.citations += ("geng2025improved",)
         if self.scheduler.num_train_timesteps > 100:
             warnings.warn(
                 "mean_flow differentiates the time embedding, which is steep at this scale of the times: train all "
@@ -45,7 +47,7 @@ class MeanFlow(JumpRegression):
             )
 
     def jumps(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """t and r in order, from logit-normals (-0.6, 1.6) and (-4, 1.6), the authors' for CIFAR-10."""
+        """t and r in order, from logit-normals (-0.6, 1.6) and (-4, 1.6), as in the authors' code for CIFAR-10."""
         t, r = ((torch.randn(batch_size) * 1.6 + mean).sigmoid() for mean in (-0.6, -4.0))
         t, r = torch.maximum(t, r), torch.minimum(t, r)
         return t, (t - r).clamp(min=1e-4)

@@ -20,11 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src.objectives.contract import Nets, Objective
+from src.training import fusing
 from src.training.checkpoints import best_score, clear_leftovers, load_last, save_averages, save_last
 from src.training.data import batch_indices, to_batch
 from src.training.distributed import World
 from src.training.ema import EMA, PowerEMA
-from src.training.fusing import fuse
 from src.training.pairs import load_pairs
 from src.training.record import Metrics, RunRecord, early_preview, environment, plot_curves, save_previews
 from src.utils import UserError, has_bf16, save_model, write_json
@@ -318,7 +318,13 @@ class Training:
             if self.compiling:
                 module.compile(dynamic=False)  # every shape of a step is fixed
             elif self.on_gpu:
-                fuse(module)
+                fusing.fuse(module)
+
+    @property
+    def citations(self) -> list[str]:
+        """Keys of references.bib for what its steps build on, beside the objectives."""
+        fused = fusing.CITATIONS if self.on_gpu and not self.compiling else ()
+        return [*CITATIONS, *fused, *self.model.scheduler.citations]
 
     def _begin(self, index: int) -> None:
         """Set up the stage of this index, around the weights that the model has."""
@@ -531,7 +537,7 @@ def train(
             "data": {"hash": data_hash, "images": len(images)},
             "bf16": training.bf16,
             "stages": trained,
-            "citations": [*CITATIONS, *model.scheduler.citations],
+            "citations": training.citations,
         }
 
     if first:

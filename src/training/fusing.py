@@ -12,6 +12,8 @@ from torch import Tensor
 
 from src.module import AttnBlock, Swish
 
+CITATIONS = ("dao2022flashattention",)  # keys of references.bib
+
 
 def fuse(network: nn.Module) -> None:
     """In place: state-dict keys stay, and results but for rounding; copies of the network are fused as well."""
