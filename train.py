@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from custom_model import IMAGE_SIZES, TIME_SAMPLINGS, UNETS, create_custom_model
-from src.evaluation.scoring import Scorer
+from src.evaluation.scoring import CHOOSING_SEED, Scorer
 from src.images import DATA_ROOT
 from src.objectives import OBJECTIVES, make_objective, parse_objective, parse_stages
 from src.training.data import load_images
@@ -106,8 +106,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--image_size", type=int, choices=IMAGE_SIZES, default=64, help="32: experiments only")
     add("--data_root", default=DATA_ROOT, help="folder of <id>.png; left as it is, downloaded")
     add("--split_dir", default="data", help="folder of train_split.txt and val_split.txt")
-    add("--warmup", type=int, default=Recipe.warmup, help="steps of linear learning-rate increase")
-    add("--lr_decay_start", type=int, default=Recipe.lr_decay_start, help="from here on, lr falls as 1/sqrt(step)")
+    add("--warmup", type=int, default=Recipe.warmup, help="steps of rising lr; a later stage's, a tenth of it at most")
+    add(
+        "--lr_decay_start", type=int, default=Recipe.lr_decay_start, help="a stage's step; lr ~ 1/sqrt(step) from it on"
+    )
     add("--beta1", type=float, default=Recipe.beta1, help="AdamW's; 0 in the stages that play against a critic")
     add("--beta2", type=float, default=Recipe.beta2, help="AdamW's")
     add("--weight_decay", type=float, default=Recipe.weight_decay, help="AdamW's; a critic has none")
@@ -213,7 +215,7 @@ def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
     evaluate = None
     if args.eval_interval and world.rank == 0:
         evaluate = Scorer(
-            args.data_root, args.split_dir, args.image_size, args.eval_samples, args.features, device, args.seed
+            args.data_root, args.split_dir, args.image_size, args.eval_samples, args.features, device, CHOOSING_SEED
         )
     done = train(
         model, model_config, images, data_hash, recipe, stages, save_dir, arguments, world, evaluate, taught_by

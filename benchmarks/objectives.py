@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from custom_model import create_custom_model
 from src.evaluation.compare import plot_distances
 from src.evaluation.intervals import mean_interval
-from src.evaluation.sampler import SEARCH_SEED, SETTINGS, choose_strength
-from src.evaluation.scoring import Scorer, draw_samples
+from src.evaluation.sampler import SETTINGS, choose_strength
+from src.evaluation.scoring import CHOOSING_SEED, Scorer, draw_samples
 from src.objectives import make_objective, parse_stages
 from src.training.data import load_images
 from src.training.engine import Recipe, Stage, Training, plan
@@ -232,7 +232,7 @@ def main() -> None:
 
     def smoothed(run: dict, final: Path, folder: Path) -> dict:
         data = args.data_root, args.split_dir
-        choose_strength("smoothing", final, folder, NFES, SEARCHED, SEARCH_SEED, data, args.features, device)
+        choose_strength("smoothing", final, folder, NFES, SEARCHED, CHOOSING_SEED, data, args.features, device)
         return {key: run[key] for key in nothing}  # the search costs no training
 
     # By content, not by name: another start at the same place is another measurement.

@@ -377,6 +377,15 @@ def test_a_run_cites_fused_attention_where_it_was_fused(on_gpu, compiling):
     assert training.citations[0] == "challenge2025"
 
 
+def test_the_best_model_is_chosen_by_noise_that_no_report_scores(faces, workdir, tiny_network, monkeypatch):
+    command = ["train.py", "--data_root", str(faces), "--split_dir", str(faces), *SMALL, "--num_iterations", "1"]
+    command += ["--save_dir", "run", "--eval_interval", "1", "--eval_samples", "4", "--features", str(tiny_network)]
+    monkeypatch.setattr(sys, "argv", command)
+    train_py.main()
+    scorer = torch.load("run/best_model.pt", weights_only=True)["provenance"]["scorer"]
+    assert "4 samples, seed 500000," in scorer  # reports score seeds 0, 1,000,000, ... and on
+
+
 def test_scores_are_logged_and_the_best_model_kept(small_run):
     ratios = iter([3.0, 2.0, 2.5])
     seen = []

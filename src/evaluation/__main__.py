@@ -10,7 +10,8 @@ from src.evaluation.distances import frechet_distance
 from src.evaluation.features import folder_features, load_features, official_inception
 from src.evaluation.reference import image_files, write_reference
 from src.evaluation.report import SWEEP, report
-from src.evaluation.sampler import SEARCH_SEED, choose_grids, choose_strength
+from src.evaluation.sampler import choose_grids, choose_strength
+from src.evaluation.scoring import CHOOSING_SEED
 from src.evaluation.speed import speed
 from src.images import DATA_ROOT, read_rgb, split_paths, to_pixels
 from src.utils import NFES, UserError, one_line_errors, pick_device
@@ -67,7 +68,8 @@ def main() -> None:
     commands = root.add_subparsers(required=True, metavar="command")
 
     def command(name: str, run, about: str) -> argparse.ArgumentParser:
-        parser = commands.add_parser(name, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        shown = argparse.ArgumentDefaultsHelpFormatter
+        parser = commands.add_parser(name, help=about, description=about, formatter_class=shown)
         parser.set_defaults(run=run)
         return parser
 
@@ -88,7 +90,9 @@ def main() -> None:
     add_comparison_flags(parser)
 
     parser = command("ablate", ablate, "train a base and single changes of it, and compare; train.py's flags after --")
-    parser.add_argument("--change", action="append", required=True, metavar="NAME:FLAG=VALUE")
+    parser.add_argument(
+        "--change", action="append", required=True, metavar="NAME:FLAG=VALUE", help="a name, and one flag of train.py"
+    )
     add_comparison_flags(parser)
 
     parser = command("speed", speed, "what a sample costs")
@@ -97,12 +101,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
 
+    seed = "first of their noise: none that is scored"
     parser = command("time_grid", time_grid, "search a sampler's times for a model")
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model with its times")
     parser.add_argument("--nfe", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--count", type=int, default=64, help="noise samples, one half to search and one to check on")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=CHOOSING_SEED, help=seed)
     parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
 
     for name, what in (
@@ -115,7 +120,7 @@ def main() -> None:
         parser.add_argument("--out", type=Path, required=True, help=f"folder for the model with its {name}")
         parser.add_argument("--nfe", type=int, nargs="+", default=[2, 4] if name == "asking" else NFES)
         parser.add_argument("--count", type=int, default=128, help="samples of each")
-        parser.add_argument("--seed", type=int, default=SEARCH_SEED, help="first of their noise: none that is scored")
+        parser.add_argument("--seed", type=int, default=CHOOSING_SEED, help=seed)
         parser.add_argument("--data_root", default=DATA_ROOT)
         parser.add_argument("--split_dir", default="data")
         parser.add_argument("--features", help=FEATURES)

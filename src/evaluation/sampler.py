@@ -14,7 +14,7 @@ from tqdm import tqdm
 from custom_model import CustomScheduler, create_custom_model
 from src.evaluation.distances import frechet_distance
 from src.evaluation.features import load_features, official_inception
-from src.evaluation.scoring import Data, draw_samples, image_features
+from src.evaluation.scoring import CHOOSING_SEED, Data, draw_samples, image_features
 from src.objectives import make_objective
 from src.utils import (
     UserError,
@@ -38,7 +38,6 @@ SETTINGS = {
     ),
     "sharpening": ("amount", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0), ("gonzalez2018digital",)),
 }
-SEARCH_SEED = 500_000  # first noise seed of their search: reports and comparisons score 0, 1,000,000, ... and on
 MOST_IMAGES = 1000  # of the training images, evenly spaced, to compare with
 
 
@@ -93,7 +92,7 @@ def search_grid(model, nfe: int, count: int = 64, seed: int = 0) -> tuple[list[f
 
 
 def search_strength(
-    name: str, model, nfe: int, training: Data, count: int = 128, seed: int = SEARCH_SEED
+    name: str, model, nfe: int, training: Data, count: int = 128, seed: int = CHOOSING_SEED
 ) -> dict[float, float]:
     """The Fréchet distance of `count` samples to training images, by the strength of a setting.
 

@@ -17,6 +17,9 @@ from src.evaluation.features import Features, load_features, official_inception
 from src.images import read_rgb, split_paths, to_pixels
 from src.utils import NFES, UserError, cached_array, tensor_to_pil_image
 
+# First noise seed of what a model, or its sampler, is chosen by: reports score those of 0, 1,000,000, ... and on.
+CHOOSING_SEED = 500_000
+
 
 def image_features(images: Sequence[Image.Image], features: Features, device: torch.device, batch_size: int = 64):
     """Features of RGB images, resized as clean-fid does, [N, D]."""

@@ -46,16 +46,22 @@ def pack(args: argparse.Namespace) -> None:
 def main() -> None:
     root = argparse.ArgumentParser(prog="python -m src.submission")
     commands = root.add_subparsers(required=True, metavar="command")
-    parser = commands.add_parser("base-code", help="fetch and verify the challenge's official files")
-    parser.add_argument("--from", dest="source", type=Path, help="a local clone; left out, the public repository")
-    parser.set_defaults(run=base_code)
 
-    parser = commands.add_parser("export", help="put a run's model into checkpoints/")
+    def command(name: str, run, about: str, **settings) -> argparse.ArgumentParser:
+        parser = commands.add_parser(name, help=about, description=about, **settings)
+        parser.set_defaults(run=run)
+        return parser
+
+    parser = command("base-code", base_code, "fetch and verify the challenge's official files")
+    parser.add_argument("--from", dest="source", type=Path, help="a local clone; left out, the public repository")
+
+    parser = command("export", export_run, "put a run's model into checkpoints/")
     parser.add_argument("run_dir", type=Path, help="a folder that train.py wrote")
-    parser.add_argument("--checkpoint", help="a file in it; left out: the best by score, else the final one")
+    parser.add_argument(
+        "--checkpoint", help="a file in it; left out: the best by score, the final one, or else the last saved"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="half or a quarter of the size")
     parser.add_argument("--out", type=Path, default=TARGET, help="elsewhere, an experiment's model too")
-    parser.set_defaults(run=export_run)
 
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--checkpoint", type=Path, default=TARGET, help="with its model_config.json beside it")
@@ -64,13 +70,11 @@ def main() -> None:
     shared.add_argument("--data_root", type=Path, default=Path(DATA_ROOT), help="to look for copied images in")
     shared.add_argument("--split_dir", type=Path, default=Path("data"))
     shared.add_argument("--device", default="cuda", help="without CUDA: the CPU")
-    parser = commands.add_parser("check", parents=[shared], help="the challenge's checklist, each line with its remedy")
-    parser.set_defaults(run=check)
+    command("check", check, "the challenge's checklist, each line with its remedy", parents=[shared])
 
-    parser = commands.add_parser("pack", parents=[shared], help="check, zip, and prove the zip")
+    parser = command("pack", pack, "check, zip, and prove the zip", parents=[shared])
     parser.add_argument("--team", required=True, help="names the zip's folder")
     parser.add_argument("--out", type=Path, default=Path("submission.zip"))
-    parser.set_defaults(run=pack)
 
     args = root.parse_args()
     args.run(args)

@@ -118,18 +118,23 @@ def write_mixture(args: argparse.Namespace) -> None:
 def main() -> None:
     root = argparse.ArgumentParser(prog="python -m src.training")
     commands = root.add_subparsers(required=True, metavar="command")
-    parser = commands.add_parser("ema", help="rebuild an average of the weights of another length")
+
+    def command(name: str, run, about: str) -> argparse.ArgumentParser:
+        parser = commands.add_parser(name, help=about, description=about)
+        parser.set_defaults(run=run)
+        return parser
+
+    parser = command("ema", write_average, "rebuild an average of the weights of another length")
     parser.add_argument("run_dir", type=Path, help="a folder that train.py wrote")
     parser.add_argument("--sigma_rel", type=float, required=True, help="width as a share of the stage so far")
     parser.add_argument("--step", type=int, help="one that the run saved at; left out, the last")
-    parser.set_defaults(run=write_average)
 
-    parser = commands.add_parser("mix", help="a model's weights, and a share of those it was trained from")
+    parser = command("mix", write_mixture, "a model's weights, and a share of those it was trained from")
     parser.add_argument("end", type=Path, help="a checkpoint, with its model_config.json beside it")
-    parser.add_argument("start", type=Path, help="the checkpoint that its last stage began with")
+    parser.add_argument("start", type=Path, help="a checkpoint that its stages went on from")
     parser.add_argument("--share", type=float, required=True, help="of the start, between 0 and 1")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
-    parser.set_defaults(run=write_mixture)
+
     args = root.parse_args()
     args.run(args)
 
