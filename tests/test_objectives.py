@@ -787,6 +787,9 @@ def test_every_objective_says_what_its_options_mean_and_whom_it_cites():
         assert key not in make_objective(name, CustomScheduler(16)).citations and key in cited[name.split("/")[0]]
     named = {key for keys in cited.values() for key in keys} | set(TRAINING) | set(SCORES) | set(fusing.CITATIONS)
     named |= {key for keys in TIME_SAMPLINGS.values() for key in keys}
+    filtered = CustomScheduler(16, time_grids={2: [1, 0.4, 0]}, smoothing={2: 0.1}, sharpening={2: 0.1}).citations
+    assert {"nelder1965simplex", "buades2005nonlocal", "gonzalez2018digital"} <= set(filtered)
+    named |= set(filtered)
     assert named <= known, named - known
     described = (ROOT / "writeup/methods.typ").read_text()
     for name in OBJECTIVES:
