@@ -64,8 +64,8 @@ class CustomScheduler(BaseScheduler):
                 raise UserError(f"time grid for NFE {nfe} must fall from 1 to 0 in {nfe} jumps, got {grid}")
         self.asking = strengths("asking", asking)
         for nfe, part in self.asking.items():
-            if part > 1:
-                raise UserError(f"asking for NFE {nfe} is a part of a jump, at most 1, got {part}")
+            if nfe < 2 or part > 1:
+                raise UserError(f"asking for NFE {nfe} is a part of a jump, at most 1, from NFE 2 on, got {part}")
         self.smoothing = strengths("smoothing", smoothing)
         self.sharpening = strengths("sharpening", sharpening)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from custom_model import IMAGE_SIZES, TIME_SAMPLINGS, UNETS, create_custom_model
 from src.evaluation.scoring import CHOOSING_SEED, Scorer
 from src.images import DATA_ROOT
 from src.objectives import OBJECTIVES, make_objective, parse_objective, parse_stages
+from src.training.checkpoints import alone_in
 from src.training.data import load_images
 from src.training.distributed import World, joined
 from src.training.engine import Recipe, Teacher, plan, train
@@ -116,7 +118,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--grad_clip", type=float, default=Recipe.grad_clip, help="largest norm of the gradient")
     add("--ema_decay", type=float, default=Recipe.ema_decay, help="of the average that samples and is exported")
     add("--micro_batch", type=int, default=Recipe.micro_batch, help="most images a process computes at once; 0: all")
-    add("--max_minutes", type=float, default=None, help="stop and export after so long in one session")
+    add(
+        "--max_minutes",
+        type=float,
+        default=None,
+        help="end a session and export after so long; not amid reflow's pairs",
+    )
     add("--eval_interval", type=int, default=0, help="score every so many steps and keep best_model.pt; 0: never")
     add("--eval_samples", type=int, default=None, help="for each NFE; None: 500")
     add("--features", help="TorchScript network to score with; None: the official one, for the FID")
@@ -131,6 +138,8 @@ def parse_arguments() -> argparse.Namespace:
     args.eval_samples = 500 if args.eval_samples is None else args.eval_samples
     if args.eval_samples < 2:
         parser.error("--eval_samples must be at least 2")
+    if not args.save_dir:
+        parser.error("--save_dir is empty: name a folder")
     return args
 
 
@@ -217,9 +226,10 @@ def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
         evaluate = Scorer(
             args.data_root, args.split_dir, args.image_size, args.eval_samples, args.features, device, CHOOSING_SEED
         )
-    done = train(
-        model, model_config, images, data_hash, recipe, stages, save_dir, arguments, world, evaluate, taught_by
-    )
+    with alone_in(save_dir) if world.rank == 0 else nullcontext():
+        done = train(
+            model, model_config, images, data_hash, recipe, stages, save_dir, arguments, world, evaluate, taught_by
+        )
     if world.rank > 0:
         return
     print(f"\nDone: {save_dir}")

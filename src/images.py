@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -24,7 +25,7 @@ def split_paths(root: str | os.PathLike, split: str, split_dir: str | os.PathLik
             f"no split file {split_file}: fetch the official one with `python -m src.submission base-code`, "
             "or name another folder with --split_dir"
         )
-    paths = [Path(root) / f"{name}.png" for name in split_file.read_text().split()]
+    paths = [Path(root) / f"{name}.png" for name in filter(None, map(str.strip, split_file.read_text().splitlines()))]
     if not paths:
         raise UserError(f"{split_file} names no image")
     missing = [path for path in paths if not path.is_file()]
@@ -52,7 +53,11 @@ def resized(size: int) -> Callable[[Image.Image], Image.Image]:
     """
     sides = (64, size) if size < 64 else (size,)
     steps = transforms.Compose([transforms.Resize((side, side)) for side in sides])
-    return lambda image: image if image.size == (size, size) else steps(image)
+    return partial(_unless_of, (size, size), steps)
+
+
+def _unless_of(size: tuple[int, int], steps: Callable[[Image.Image], Image.Image], image: Image.Image) -> Image.Image:
+    return image if image.size == size else steps(image)  # no closure: a loader's workers may have to be sent it
 
 
 def to_pixels(size: int) -> Callable[[Image.Image], Tensor]:

@@ -1,6 +1,7 @@
 """Several processes through torchrun (gloo on the CPU)."""
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.training.distributed import World
+from src.training.distributed import World, joined
+from src.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,6 +99,36 @@ def test_a_signal_to_torchrun_saves_before_all_stop(faces, workdir, script_env):
         assert process.wait(60) != 0
     assert "and saved: the same command with --save_dir run goes on" in (workdir / "log").read_text()
     assert torch.load(workdir / "run/last.ckpt", weights_only=True)["training"]["step"] >= 5
+
+
+def test_a_fault_of_one_machine_is_told_there(faces, workdir, script_env):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(ROOT / "train.py"), "--unet", "small", "--image_size", "32", "--device", "cpu",
+               "--batch_size", "4", "--save_dir", "run", "--data_root", str(faces), "--split_dir"]  # fmt: skip
+    processes = []
+    for rank, split in enumerate((faces, "nowhere")):  # as torchrun would on two machines, with one process each
+        (workdir / str(rank)).mkdir()
+        env = {**script_env, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2",
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                [*command, str(split)], cwd=workdir / str(rank), env=env, stderr=subprocess.PIPE, text=True
+            )
+        )
+    try:
+        _, told = processes[1].communicate(timeout=120)
+    finally:
+        processes[0].kill()
+    assert processes[1].returncode == 1 and "error: no split file nowhere/train_split.txt" in told.splitlines()[-1]
+
+
+def test_a_rank_without_torchrun_is_one_line(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="LOCAL_RANK.*start with torchrun"), joined("cpu"):
+        pass
 
 
 def test_one_process_needs_no_group():

@@ -123,8 +123,11 @@ def test_a_part_of_late_jumps_is_asked_for_and_the_whole_is_jumped(randomised):
         torch.testing.assert_close(x[i + 1], x[i] - 0.25 * model.predict(x[i], t, d))
     x = model.sample(noise.shape, 2, return_traj=True, noise=noise)  # an NFE that is not named
     torch.testing.assert_close(x[2], x[1] - 0.5 * model.predict(x[1], 0.5, 0.5))
-    with pytest.raises(UserError, match="asking for NFE 2 is a part of a jump, at most 1, got 1.5"):
-        CustomScheduler(asking={"2": 1.5})
+    for nfe, part in (("2", 1.5), ("1", 0.5)):
+        with pytest.raises(
+            UserError, match=f"asking for NFE {nfe} is a part of a jump, at most 1, from NFE 2 on, got {part}"
+        ):
+            CustomScheduler(asking={nfe: part})
 
 
 def test_samples_are_filtered_as_the_config_says(randomised):

@@ -89,7 +89,7 @@ def test_loss_and_gradients_are_finite(model):
         loss, logs = loss_function(nets, data, noise, 0.3, draw)
         assert loss.shape == (8,) and loss.isfinite().all() and (loss > 0).all()
         assert all(values.ndim == 1 and not values.requires_grad for values in logs.values())
-        model.zero_grad()
+        trained.zero_grad()
         loss.mean().backward()
         for parameter_name, p in trained.named_parameters():
             assert p.grad is not None and p.grad.isfinite().all(), parameter_name

@@ -255,6 +255,8 @@ def test_a_mixture_lies_between_a_model_and_its_start(workdir, randomised, scrip
         mix(Path("mixed/final_model.pt"), Path("start/int8.pt"), 0.25)
     own = subprocess.run([*command[:-1], "end", "--share", "0.25"], cwd=workdir, env=script_env, capture_output=True)
     assert own.returncode == 1 and b"error: --out end is the folder of end/final_model.pt" in own.stderr
+    own = subprocess.run([*command[:-1], "start", "--share", "0.25"], cwd=workdir, env=script_env, capture_output=True)
+    assert own.returncode == 1 and b"error: --out start is the folder of start/int8.pt" in own.stderr
     with pytest.raises(UserError, match="start/int8.pt was not trained from start/int8.pt"):
         mix(Path("start/int8.pt"), Path("start/int8.pt"), 0.25)
     save_model(models[0], "start/other.pt", config, provenance={"stages": [critic]})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -220,6 +221,16 @@ def test_dataset_reads_the_split_in_order(faces):
     assert [len(batch) for batch in module.train_dataloader()] == [5] * 4
     endless = get_data_iterator(module.train_dataloader())
     assert len([next(endless) for _ in range(9)]) == 9
+
+
+def test_ids_may_hold_spaces_and_workers_may_be_spawned(faces, workdir):
+    (workdir / "homer 1.png").write_bytes((faces / "1.png").read_bytes())
+    for split in ("train", "val"):
+        (workdir / f"{split}_split.txt").write_text("homer 1\n\n")
+    module = SimpsonsDataModule(str(workdir), num_workers=0, split_dir=str(workdir))
+    assert len(module.train_ds) == 1 and module.train_ds[0].shape == (3, 64, 64)
+    sent = pickle.loads(pickle.dumps(module.val_ds))  # as to a worker where processes are not forked
+    assert torch.equal(sent[0], module.val_ds[0])
 
 
 def test_an_iterator_over_nothing_says_so(faces):

@@ -25,6 +25,7 @@ from src.module import AttnBlock, ResBlock
 from src.objectives import make_objective, parse_stages
 from src.objectives.contract import Nets
 from src.training import engine, fusing
+from src.training.checkpoints import alone_in
 from src.training.data import batch_indices, load_images, to_batch
 from src.training.distributed import World
 from src.training.ema import EMA, gamma_of
@@ -169,7 +170,9 @@ def test_interrupted_run_saves_and_goes_on(faces, workdir, script_env):
     [
         (["--batch_size", "25"], "24 training images do not fill one batch of 25"),
         (["--grad_clip", "0"], "--grad_clip must be positive"),
-        (["--weight_decay", "nan"], "--weight_decay must not be negative, got nan"),
+        (["--weight_decay", "nan"], "--weight_decay must not be negative or infinite, got nan"),
+        (["--weight_decay", "inf"], "--weight_decay must not be negative or infinite, got inf"),
+        (["--lr", "inf"], "--lr must be positive and finite, got inf"),
         (["--max_minutes", "nan"], "--max_minutes must be positive"),
         (["--beta2", "1"], "--beta2 must lie in [0, 1)"),
         (["--split_dir", "nowhere"], "no split file nowhere/train_split.txt"),
@@ -185,7 +188,7 @@ def test_bad_input_is_refused(refusal, flags, message):
 def test_a_refusal_is_one_line(faces, workdir, script_env):
     result = train_script(faces, workdir, script_env, "--lr", "0")
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr == "error: --lr must be positive, got 0.0\n" and not (workdir / "results").exists()
+    assert result.stderr == "error: --lr must be positive and finite, got 0.0\n" and not (workdir / "results").exists()
 
 
 def test_missing_faces_without_a_connection_name_the_two_ways_on(workdir, script_env):
@@ -228,6 +231,7 @@ def test_a_few_images_can_be_estimated():
         (["--features", "x.pt"], "give --eval_interval too"),
         (["--eval_samples", "100"], "give --eval_interval too"),
         (["--eval_interval", "1", "--eval_samples", "1"], "at least 2"),
+        (["--save_dir", ""], "--save_dir is empty: name a folder"),
         (["--objective", "shortcut", "--stages", "rectified_flow:1"], "not allowed with argument"),
     ],
 )
@@ -447,6 +451,46 @@ def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(small_run):
     with pytest.raises(UserError, match="not finite.*last.ckpt is still good"):
         small_run(4, model=model)
     assert (save_dir / "last.ckpt").read_bytes() == good
+
+
+def test_what_is_not_finite_is_no_best_model(small_run, workdir):
+    model = create_custom_model(objective="rectified_flow", unet="small", image_size=32)
+    model.network.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    with pytest.raises(UserError, match="not finite around iteration 1; nothing was saved yet"):
+        small_run(
+            4, model=model, save_interval=4, log_interval=4, evaluate=lambda model: {"ratio": 1.0}, eval_interval=1
+        )
+    assert not (workdir / "run/best_model.pt").exists()
+
+
+def test_a_score_that_fails_loses_no_training(small_run, workdir):
+    with pytest.raises(ZeroDivisionError):
+        small_run(4, evaluate=lambda model: 1 / 0, eval_interval=2)
+    assert torch.load(workdir / "run/last.ckpt", weights_only=True)["training"]["step"] == 2
+    assert (workdir / "run/checkpoint_iter_2.pt").exists()
+
+
+def test_speed_is_trainings_alone(small_run, monkeypatch):
+    monkeypatch.setattr("src.training.engine.early_preview", lambda step: step == 1)
+    monkeypatch.setattr("src.training.engine.save_previews", lambda *_: time.sleep(4))
+    rows = (small_run(2, log_interval=2) / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["images_per_second"] > 4  # two steps of 8 images in much less than 4 s
+
+
+def test_one_process_trains_in_a_folder_and_not_over_a_model_from_elsewhere(faces, workdir, script_env, small_run):
+    with alone_in(workdir / "run"):
+        result = train_script(faces, workdir, script_env, "--save_dir", "run", "--num_iterations", "1")
+    assert result.returncode == 1 and not any((workdir / "run").iterdir())
+    assert result.stderr.splitlines()[-1] == (
+        "error: another process trains in run: wait for it, or choose another --save_dir"
+    )
+    (workdir / "run/model_config.json").write_text('{"smoothing": {"1": 0.1}}')
+    with pytest.raises(UserError, match="run holds a model that was not trained there"):
+        small_run(2)
+    assert (workdir / "run/model_config.json").read_text() == '{"smoothing": {"1": 0.1}}'
+    (workdir / "run/model_config.json").unlink()
+    with alone_in(workdir / "run"):  # let go of before
+        small_run(2)
 
 
 def test_another_runs_checkpoint_is_refused_with_the_difference(small_run):

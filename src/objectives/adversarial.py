@@ -166,10 +166,10 @@ def feature_gap(real: Tensor, fake: Tensor) -> Tensor:
     """How far the means of features [B, D] of real and generated images lie apart: squared, in units of each feature's
     variance over the real ones, averaged over features.
 
-    The square is the product of two halves' differences. So its expectation is that of the means themselves (exactly,
-    where features are Gaussian); a square would have the samples vary less. Rows change halves by eights, so that both
-    halves have the same NFEs (`DRAWN`): halves of unlike NFEs could be told to differ with opposite signs. It is 0 on
-    average where nothing is left, and then as often negative.
+    The square is the product of two halves' differences. So its expectation is that of the means themselves (where
+    features are Gaussian, but for 2 / (n (n - 1)) of n real images, which no sample changes); a square would have the
+    samples vary less. Rows change halves by eights, so that both halves have the same NFEs (`DRAWN`): halves of unlike
+    NFEs could be told to differ with opposite signs. Where nothing is left it is about as often negative as positive.
 
     Args:
         real, fake: of 16 images or more; the halves are alike in full where their number is a multiple of eight.

@@ -109,7 +109,8 @@ def write_average(args: argparse.Namespace) -> None:
 
 
 def write_mixture(args: argparse.Namespace) -> None:
-    refuse_own_folder(args.out, args.end)
+    for checkpoint in (args.end, args.start):
+        refuse_own_folder(args.out, checkpoint)
     mixed, target = mix(args.end, args.start, args.share), args.out / "final_model.pt"
     save_weights(mixed["state_dict"], target, mixed["model_config"], provenance=mixed["provenance"])
     print(f"{target}: python sampling.py --ckpt_path {target}")

@@ -3,6 +3,8 @@
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,7 +13,33 @@ from torch import Tensor
 
 from src.utils import UserError, read_checkpoint, save_model, writing_checkpoint
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 LAST, NEXT, PREVIOUS = "last.ckpt", "next.ckpt", "previous.ckpt"
+
+
+@contextmanager
+def alone_in(save_dir: Path) -> Iterator[None]:
+    """Hold a run's folder while the body writes there; UserError if another process does."""
+    if fcntl is None:
+        yield
+        return
+    save_dir.mkdir(parents=True, exist_ok=True)
+    held = os.open(save_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise UserError(f"another process trains in {save_dir}: wait for it, or choose another --save_dir") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(held)
 
 
 def save_last(save_dir: Path, model: nn.Module, model_config: dict, **state) -> None:
@@ -29,7 +57,8 @@ def load_last(save_dir: Path, identity: dict, defaults: dict[str, dict]) -> dict
     Args:
         identity: the settings that make a run this run.
         defaults: of the options of its stages' objectives, by the stages' names.
-    Raises: UserError if all checkpoints are damaged or foreign, or belong to a run with other settings.
+    Raises: UserError if all checkpoints are damaged or foreign, or belong to a run with other settings, or if the
+        folder holds a model that no run wrote there.
     """
     paths = [save_dir / name for name in (LAST, NEXT, PREVIOUS) if (save_dir / name).exists()]
     faults = []
@@ -45,6 +74,10 @@ def load_last(save_dir: Path, identity: dict, defaults: dict[str, dict]) -> dict
         return checkpoint
     if faults:
         raise UserError(f"{'; '.join(faults)}: nothing to go on from, choose another --save_dir")
+    if (save_dir / "model_config.json").exists() and not (save_dir / "training_config.json").exists():
+        raise UserError(
+            f"{save_dir} holds a model that was not trained there, whose files would be lost: choose another --save_dir"
+        )
     return None
 
 
@@ -77,7 +110,7 @@ def clear_leftovers(save_dir: Path) -> None:
 def best_score(save_dir: Path, scorer: str) -> float:
     """The ratio of `best_model.pt`, if that was scored in the same way; else infinity: none yet."""
     path = save_dir / "best_model.pt"
-    facts = read_checkpoint(path)["provenance"] if path.exists() else {}
+    facts = read_checkpoint(path).get("provenance", {}) if path.exists() else {}
     return facts["ratio"] if facts.get("scorer") == scorer else math.inf
 
 

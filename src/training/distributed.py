@@ -54,7 +54,7 @@ class World(NamedTuple):
         return total / count if count else None
 
     def from_rank_0(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on rank 0, on every process; an error there is raised on all."""
+        """What `make` returns on rank 0, on every process; an error there is raised on all, a user's told by rank 0."""
         box: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -69,6 +69,8 @@ class World(NamedTuple):
             for tensor in filter(torch.is_tensor, tree_leaves(box)):
                 dist.broadcast(tensor.contiguous(), src=0, group=self.hosts)
         if box[1] is not None:
+            if self.rank > 0 and isinstance(box[1], UserError):
+                sys.exit(1)  # rank 0 says why
             raise box[1]
         return box[0]
 
@@ -92,7 +94,11 @@ def joined(device_name: str) -> Iterator[tuple[World, torch.device]]:
     if "RANK" not in os.environ:
         yield World(), device
         return
-    rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    try:
+        rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    except (KeyError, ValueError) as error:
+        told = "RANK is set, but not all of LOCAL_RANK and WORLD_SIZE"
+        raise UserError(f"{told} ({error}): start with torchrun, or unset it") from None
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -102,8 +108,8 @@ def joined(device_name: str) -> Iterator[tuple[World, torch.device]]:
     try:
         yield World(rank, local_rank, size, dist.new_group(backend="gloo", timeout=patience)), device
     except UserError:
-        if rank > 0:
-            sys.exit(1)  # rank 0 says why
+        if local_rank > 0:
+            sys.exit(1)  # the machine's first process says why: a fault may be of one machine alone
         raise
     # Not after an error: it may wait for processes that wait for this one. torchrun ends them.
     dist.destroy_process_group()

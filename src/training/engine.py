@@ -71,14 +71,15 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "micro_batch", "eval_interval"):
-            if not getattr(self, name) >= 0:  # nor not a number
-                raise UserError(f"--{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:  # nor not a number
+                raise UserError(f"--{name} must not be negative or infinite, got {getattr(self, name)}")
         for name in ("ema_decay", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("lr", "grad_clip"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} must be positive, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"--lr must be positive and finite, got {self.lr}")
+        if not self.grad_clip > 0:
+            raise UserError(f"--grad_clip must be positive, got {self.grad_clip}")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise UserError(f"--max_minutes must be positive, got {self.max_minutes}")
 
@@ -571,7 +572,6 @@ def train(
         save_averages(save_dir, training.steps, averages, stage=training.index, age=age, **about)
         state = {**training.state(), "identity": identity}
         save_last(save_dir, average, config(), training=state, provenance=provenance())
-        plot_curves(metrics.rows, save_dir / "training_curves.png")
 
     logs: dict[str, list[Tensor]] = {}
     step = interval_start = start
@@ -591,7 +591,8 @@ def train(
             finished = world.any(step >= recipe.num_iterations or late)
             stopped = world.any(stop_received())
             at_interval = finished or step % recipe.save_interval == 0 or training.at_end_of_stage()
-            if logs and (logging or at_interval or stopped):
+            scoring = recipe.eval_interval and (finished or step % recipe.eval_interval == 0)
+            if logs and (logging or at_interval or scoring or stopped):
                 row = {name: world.mean(torch.cat(values)) for name, values in logs.items()}
                 row["gradient_norm"] = norm.item()
                 if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
@@ -601,16 +602,21 @@ def train(
                         f"the loss or its gradient is not finite around iteration {step}; {kept}; "
                         "start again with a lower --lr in a new --save_dir"
                     )
-                speed = (step - interval_start) * recipe.batch_size / (time.monotonic() - interval_began)
+                now = time.monotonic()
+                speed = (step - interval_start) * recipe.batch_size / (now - interval_began)
                 row |= {"stage": training.index, "lr": training.lr, "images_per_second": speed}
                 if first:
                     metrics.add({"step": step, "images": step * recipe.batch_size, **row})
                     record.write(step, recipe.batch_size, facts())
                 progress.update(step - progress.n)
                 progress.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{speed:.1f}")
-                logs, interval_start = {}, step
-            evaluating = evaluate and recipe.eval_interval and (finished or step % recipe.eval_interval == 0)
-            if first and evaluating and not metrics.scored(step):
+                logs, interval_start, interval_began = {}, step, now
+            left = time.monotonic()
+            if first and (at_interval or stopped):
+                if at_interval:
+                    export(f"checkpoint_iter_{step}.pt", *["final_model.pt"] * finished)
+                save()
+            if first and evaluate and scoring and not metrics.scored(step):  # saved before: it takes a while
                 with torch.compiler.set_stance("force_eager"):  # its batches have other shapes
                     scores = evaluate(average)
                 metrics.add({"step": step, **scores})
@@ -618,15 +624,12 @@ def train(
                     best = scores["ratio"]
                     export("best_model.pt", ratio=best, scorer=scorer)
             if first and (at_interval or stopped):
-                if at_interval:
-                    export(f"checkpoint_iter_{step}.pt", *["final_model.pt"] * finished)
-                save()
+                plot_curves(metrics.rows, save_dir / "training_curves.png")
             if first and (at_interval or early_preview(step)):
                 low = torch.autocast(device.type, torch.bfloat16, enabled=training.bf16)  # half the time on a CPU
                 with torch.compiler.set_stance("force_eager"), low:
                     save_previews(average, save_dir, step, recipe.seed)
-            if step == interval_start:  # the time that saving took is not training time
-                interval_began = time.monotonic()
+            interval_began += time.monotonic() - left  # saving and scoring are not training
     if not finished:
         raise UserError(f"stopped at iteration {step} and saved: the same command with --save_dir {save_dir} goes on")
     return step

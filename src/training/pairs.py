@@ -20,6 +20,7 @@ from src.utils import CACHE, UserError, weights_hash, write_json
 
 CHUNK = 64  # pairs that are generated, written and marked as done together
 VERIFIED = 16  # pairs that are generated once more, to see whether they are the teacher's
+FIRST_NOISE = 2**31  # to 2**32, all that a generator tells apart: far from the seeds of samples that are scored
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def load_pairs(
         "teacher": weights_hash(teacher),
         "solver": objective.solver,
         "steps": objective.solver_steps,
-        "seed": seed,
+        "first_noise": FIRST_NOISE + seed * 1_000_003 % FIRST_NOISE,
         "pairs": objective.pairs,
         "shape": list(shape),
     }
@@ -70,7 +71,7 @@ def load_pairs(
     noise, images, done = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("noise", "images", "done"))
 
     def generated(indices: Iterable[int]) -> tuple[Tensor, Tensor]:
-        own = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in indices]
+        own = [torch.Generator().manual_seed(manifest["first_noise"] + i) for i in indices]
         eps = torch.stack([torch.randn(shape, generator=one) for one in own]).half().float().to(teacher.device)
         return eps, solve(teacher, eps, objective.solver, objective.solver_steps)
 
