@@ -165,10 +165,11 @@ def start_from(path: str, model) -> Teacher:
     model.load_state_dict(teacher.state_dict())
     model.objective = teacher.objective
     unknown = [{"objective": "unknown", "steps": 0, "citations": []}]  # of an older version: nothing to cite
-    stages = read_checkpoint(path).get("provenance", {}).get("stages", unknown)
+    origin = read_checkpoint(path).get("provenance", {})
+    stages = origin.get("stages", unknown)
     # An older version listed stages to come as well, without steps.
     stages = [stage for stage in stages if stage["steps"] or not stage["citations"]]
-    return Teacher(weights_hash(teacher)[:16], stages)
+    return Teacher(weights_hash(teacher)[:16], stages, origin.get("seed"), origin.get("data"))
 
 
 def run(args: argparse.Namespace, world: World, device: torch.device) -> None:

@@ -313,10 +313,17 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def refuse_own_folder(out: Path, checkpoint: Path) -> None:
-    """UserError if a model made of this checkpoint would be written over it, or over the config beside it."""
-    if out.resolve() == checkpoint.parent.resolve():
-        raise UserError(f"--out {out} is the folder of {checkpoint}, which would be lost: choose another")
+def refuse_others_folder(out: Path, name: str, *sources: Path) -> None:
+    """UserError if a model of this name, made of these checkpoints, would be written to `out` over another model, or
+    over another's config."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: name a folder")
+    for checkpoint in sources:
+        if out.resolve() == checkpoint.parent.resolve():
+            raise UserError(f"--out {out} is the folder of {checkpoint}, which would be lost: choose another")
+    others = sorted(path.name for path in out.glob("*") if path.suffix in (".pt", ".ckpt") and path.name != name)
+    if (out / "training_config.json").exists() or others:
+        raise UserError(f"--out {out} holds other models, whose config would be lost: choose another")
 
 
 def objective_of(checkpoint: dict) -> dict[str, str]:

@@ -20,6 +20,7 @@ from src.submission import base_code, contents, environment, pack, writeup
 from src.submission import check as checking
 from src.submission.__main__ import main
 from src.utils import UserError, save_model
+from writeup.pages import counted
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"objective": "alpha_flow", "use_additional_condition": True}
@@ -512,6 +513,17 @@ def test_a_training_time_is_found(told):
 @pytest.mark.parametrize("told", ["a long time", "section 2. Hours later", "some days", "64x64 images"])
 def test_what_tells_no_training_time_is_not_taken_for_one(told):
     assert not re.search(writeup.PARTS["training details: total training time"], f"It took {told}.", re.I | re.M)
+
+
+def test_a_heading_may_end_in_a_colon():
+    assert counted(["one", "two", "References:\n[1] ..."]) == 2
+
+
+def test_hidden_files_are_not_laid_out(project, tmp_path):
+    (project / "samples/nfe=1/._0000.png").write_bytes(b"of another system")
+    contents.lay_out(project, tmp_path / "tree", contents.TARGET, project / "writeup.pdf")
+    held = sorted(path.name for path in (tmp_path / "tree/samples/nfe=1").iterdir())
+    assert held and held[0] == "0000.png"
 
 
 def test_what_is_laid_out_keeps_its_dates(project, tmp_path):

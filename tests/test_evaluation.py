@@ -24,7 +24,7 @@ from src.evaluation import features as room
 from src.evaluation.__main__ import main
 from src.evaluation.distances import frechet_distance
 from src.evaluation.reference import write_reference
-from src.evaluation.sampler import save_chosen, search_grid, search_strength
+from src.evaluation.sampler import choose_strength, save_chosen, search_grid, search_strength
 from src.evaluation.scoring import Scorer, image_features
 from src.images import to_pixels
 from src.objectives import make_objective
@@ -182,6 +182,27 @@ def test_commands_write_what_sampling_reads(workdir, faces, tiny_network, script
     assert bad.returncode == 1 and "asking takes NFEs of at least 2" in bad.stderr and "Traceback" not in bad.stderr
 
 
+def test_no_search_begins_that_would_spoil_a_model_or_finds_nothing(workdir):
+    config = {"unet": "small", "image_size": 32, "objective": "consistency"}
+    save_model(create_custom_model(**config), "run/final_model.pt", config)
+    Path("other").mkdir()
+    Path("other/best_model.pt").touch()  # as of the same run, smoothed before, whose config is beside it
+    Path("another").mkdir()
+    Path("another/training_config.json").touch()
+    Path("file").touch()
+    for out, name, told in (
+        ("other", "smoothing", "--out other holds other models"),
+        ("another", "smoothing", "--out another holds other models"),
+        ("file", "smoothing", "--out file is a file: name a folder"),
+        ("run", "smoothing", "--out run is the folder of run/final_model.pt"),
+        ("out", "asking", "Consistency is not asked for parts of jumps"),
+    ):
+        with pytest.raises(UserError, match=told):
+            choose_strength(
+                name, Path("run/final_model.pt"), Path(out), [2], 8, 0, ("no", "no"), None, torch.device("cpu")
+            )
+
+
 def test_what_the_search_found_no_use_for_is_unset(workdir, randomised):
     model = randomised(create_custom_model(unet="small", image_size=32))
     save_model(model, "run/model.pt", {"unet": "small", "image_size": 32, "smoothing": {"1": 0.5, "2": 0.5}})
@@ -294,7 +315,7 @@ def test_a_network_that_did_not_come_whole_is_not_kept(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_networks_and_images_get_one_line(folders, tmp_path, monkeypatch):
+def test_missing_networks_and_images_get_one_line(folders, tmp_path, tiny_network, monkeypatch):
     device = torch.device("cpu")
     monkeypatch.setattr(room, "OFFICIAL", tmp_path / "none/inception.pt")
     monkeypatch.setattr(room, "inception_url", "http://127.0.0.1:9/inception.pt")
@@ -305,6 +326,14 @@ def test_missing_networks_and_images_get_one_line(folders, tmp_path, monkeypatch
     (tmp_path / "junk.pt").write_bytes(b"junk")
     with pytest.raises(UserError, match="not a TorchScript"):
         room.load_features(tmp_path / "junk.pt", device)
+    shutil.copytree(folders / "val", folders / "val [1]")
+    (folders / "val [1]/.hidden").mkdir()
+    for name in (".0000.png", "._0000.png", ".hidden/0000.png"):  # clean-fid does not count them
+        (folders / "val [1]" / name).write_bytes(b"of another system")
+    assert len(room.image_files(folders / "val [1]")) == len(room.image_files(folders / "val"))
+    tiny = room.load_features(tiny_network, device)
+    named = [room.folder_features(folders / name, tiny, device) for name in ("val", "val [1]")]
+    assert np.array_equal(*named)  # nor is a name a pattern
     broken = folders / "broken"
     for kind, message in (
         (lambda path: Image.new("L", (64, 64)).save(path), "9.png is L, 64 x 64: all images must be RGB"),

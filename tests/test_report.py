@@ -12,11 +12,12 @@ import cleanfid.fid
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
 import train as train_py
 from custom_model import create_custom_model
 from src.evaluation.__main__ import main
-from src.evaluation.compare import differences
+from src.evaluation.compare import differences, plot_distances
 from src.evaluation.distances import frechet_distance, kernel_distance, manifold_scores
 from src.evaluation.failures import copies, failure_rates, nearest, saturation, sharpness, variety
 from src.evaluation.features import load_features
@@ -270,6 +271,25 @@ def test_ablate_plans_all_before_it_trains_and_compares_no_unfinished_run(faces,
         with pytest.raises(UserError, match=re.escape(message)):
             main()
     assert ["--dry_run" in command for command in calls] == [True, True, False]
+    shutil.copyfile(faces / "train_split.txt", workdir / "train_split.txt")
+    sys.argv[sys.argv.index("--split_dir") + 1] = str(workdir)
+    with pytest.raises(UserError, match="no split file .*val_split.txt"):  # to score against, after hours
+        main()
+    assert len(calls) == 4 and "--dry_run" in calls[-1]
+
+
+@pytest.mark.parametrize(
+    "values, floor", [((45.0, 40.0, 33.0), 22.0), ((900.0, 700.0, 600.0), 600.0), ((9.0, 3.0, 2.0), 1.8)]
+)
+def test_a_curves_axis_has_numbers(tmp_path, monkeypatch, values, floor):
+    monkeypatch.setattr("matplotlib.pyplot.close", lambda figure: None)
+    curve = {nfe: (value, 0.1) for nfe, value in zip((1, 2, 4), values, strict=True)}
+    plot_distances({"one": curve}, "FD-mid", floor, "", tmp_path / "curve.png")
+    axes = plt.gcf().axes[0]
+    low, high = axes.get_ylim()
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 2
+    monkeypatch.undo()
+    plt.close("all")
 
 
 def test_mirrored_copies_are_found(faces, workdir, tiny_network):
@@ -309,6 +329,7 @@ def test_speed_counts_the_network_calls(runs, script_env):
         (["compare", "run1", "run2", "--nfe", "4", "-1"], "at least 1 network call, not -1"),
         (["ablate", "--change", "fast"], "not of the form name:flag=value"),
         (["ablate", "--change", "x:save_dir=y"], "--save_dir in --change is for this script to choose"),
+        (["ablate", "--change", "x:image_size=64"], "--image_size in --change is for this script to choose"),
         (["report", "--checkpoint", "run1/final_model.pt", "--samples", "3"], "--samples must be at least 16"),
     ],
 )

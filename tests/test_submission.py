@@ -152,6 +152,8 @@ def test_export_refuses_what_no_submission_may_use(finished_run, workdir):
         write_json(finished_run / "model_config.json", config)
         with pytest.raises(UserError, match=f"trained with {name}={value!r}"):
             export(finished_run)
+        with pytest.raises(UserError, match=f"trained with {name}={value!r}"):  # by another spelling of the place
+            export(finished_run, target=workdir / "checkpoints/best_model.pt")
     assert not (workdir / "checkpoints").exists()
 
 

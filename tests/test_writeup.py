@@ -146,6 +146,11 @@ def test_a_model_of_an_early_stage_is_told_as_it_was_trained(project, faces):
     result = build(project, "run", "second")
     assert result.returncode == 0, result.stderr
     assert "second began with another run's model" in build(project, "second").stderr
+    shutil.copytree(project / "run", project / "twin")  # but for its seed, which the teacher tells
+    record = json.loads((project / "twin/run.json").read_text())
+    (project / "twin/run.json").write_text(json.dumps({**record, "seed": 43}))
+    assert "second did not begin with the run named before it" in build(project, "twin", "second").stderr
+    assert "is of another model than twin trained" in build(project, "twin", "--report", "run/report").stderr
     assert "second did not begin with the run named before it" in build(project, "run", "second", "second").stderr
 
 

@@ -124,10 +124,11 @@ def kinds(stages: list[dict]) -> list[dict]:
     return [{name: value for name, value in stage.items() if name not in later} for stage in stages]
 
 
-def goes_on(stages: list[dict], run: dict) -> bool:
-    """Whether these are the stages of a model that the run of this record trained, its last or an earlier one."""
-    began = len(run["teacher"]["stages"]) if run["teacher"] else 0
-    return len(stages) > began and kinds(stages) == kinds(run["stages"])[: len(stages)]
+def trained_by(run: dict, model: dict) -> bool:
+    """Whether a model of these `stages`, `seed` and `data`, as far as they are told, is one of this record's run."""
+    began, stages = len(run["teacher"]["stages"]) if run["teacher"] else 0, model.get("stages", [])
+    alike = all(model.get(fact) in (None, run[fact]) for fact in ("seed", "data"))
+    return alike and len(stages) > began and kinds(stages) == kinds(run["stages"])[: len(stages)]
 
 
 def check_order(runs: list[Path], records: list[dict]) -> None:
@@ -135,7 +136,7 @@ def check_order(runs: list[Path], records: list[dict]) -> None:
     if records[0]["teacher"]:
         raise Fault(f"{runs[0]} began with another run's model: name that run before it")
     for run, before, record in zip(runs[1:], records, records[1:], strict=False):
-        if not record["teacher"] or not goes_on(record["teacher"]["stages"], before):
+        if not record["teacher"] or not trained_by(before, record["teacher"]):
             raise Fault(f"{run} did not begin with the run named before it: name runs in the order of training")
 
 
@@ -200,7 +201,7 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
             raise Fault(f"{run}/run.json is of an older version: run the same training command again, which renews it")
     scored = read(report / "report.json", "python -m src.evaluation report --checkpoint checkpoints/best_model.pt "
                   f"--out {report}")  # fmt: skip
-    if not goes_on(scored.get("provenance", {}).get("stages", []), records[-1]):
+    if not trained_by(records[-1], scored.get("provenance", {})):
         raise Fault(f"{report} is of another model than {runs[-1]} trained: write it again")
     if "bf16" not in scored:
         raise Fault(f"{report} is of an older version: write it again")

@@ -3,7 +3,7 @@
 import re
 
 PAGES = 2
-HEADING = re.compile(r"^\W*[\divx]*\W*(references|bibliography)\s*$", re.I | re.M)  # alone in its line
+HEADING = re.compile(r"^\W*[\divx]*\W*(references|bibliography)\s*:?\s*$", re.I | re.M)  # alone in its line
 
 
 def counted(texts: list[str]) -> int:

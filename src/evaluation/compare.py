@@ -14,6 +14,7 @@ from src.evaluation.distances import frechet_distance
 from src.evaluation.features import load_features, official_inception
 from src.evaluation.intervals import mean_interval
 from src.evaluation.report import Data, Model, check_counts
+from src.images import split_paths
 from src.utils import (
     UserError,
     pick_device,
@@ -26,6 +27,7 @@ from src.utils import (
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 OURS = "data_root split_dir device save_dir dry_run".split()  # what `ablate` tells train.py itself
 
@@ -78,7 +80,7 @@ def ablate(args: argparse.Namespace) -> None:
         if not (name and colon and flag and equals) or name in changes:
             raise UserError(f"--change {change!r} is not of the form name:flag=value with a name of its own")
         changes[name] = [f"--{flag}", value]
-        refuse_flags(changes[name], OURS, "in --change")
+        refuse_flags(changes[name], [*OURS, "image_size"], "in --change")  # of one size, to be compared
     refuse_flags(args.base, OURS, "after --")
     data = ["--data_root", args.data_root, "--split_dir", args.split_dir, "--device", args.device]
     commands = {
@@ -87,6 +89,7 @@ def ablate(args: argparse.Namespace) -> None:
     }
     for command in list(commands.values())[1:]:  # a wrong flag of the last one shows before hours of the first
         run_to_the_end([*command, "--dry_run"], stdout=subprocess.DEVNULL)
+    split_paths(args.data_root, "val", args.split_dir)  # what they will be scored against
     for name, command in commands.items():  # runs go on by it, finished ones end at once, others are refused
         run_to_the_end(command)
         folder = Path(args.out) / name
@@ -169,8 +172,11 @@ def plot_distances(
     axes.set_ylabel(f"{distance} (mean and 95 % interval over {over})" if over else distance, fontsize="small")
     axes.set_xticks(nfes, nfes)
     axes.minorticks_off()
-    ticks = [tick for scale in (0.1, 1, 10, 100) for tick in (scale, 2 * scale, 5 * scale)]
-    axes.set_yticks([tick for tick in ticks if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]])
+    low, high = axes.get_ylim()
+    ticks = [tick for scale in (0.1, 1, 10, 100) for tick in (scale, 2 * scale, 5 * scale) if low <= tick <= high]
+    if len(ticks) < 2:
+        ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+    axes.set_yticks(ticks)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

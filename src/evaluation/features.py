@@ -89,8 +89,8 @@ def folder_features(
         digest.update(hashlib.sha256(path.read_bytes()).digest())
 
     def compute() -> np.ndarray:
-        return fid.get_folder_features(
-            str(folder),
+        return fid.get_files_features(  # not of the folder, in whose name clean-fid would see patterns
+            list(map(str, files)),
             features.network,
             num_workers=min(4, os.cpu_count() or 1),
             batch_size=batch_size,

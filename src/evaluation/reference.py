@@ -22,7 +22,7 @@ def write_reference(dataset: Dataset, folder: str | os.PathLike) -> None:
 
 
 def image_files(folder: str | os.PathLike) -> list[Path]:
-    """The images of a folder that clean-fid would count, sorted.
+    """The images of a folder that clean-fid would count (hidden files it does not), sorted.
 
     Raises: UserError if the folder is missing, holds fewer than two images (a distance needs two), has images further
     down (clean-fid searches recursively, so leftovers there would silently count), or one that cannot be read, is not
@@ -31,7 +31,8 @@ def image_files(folder: str | os.PathLike) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: write its images first")
-    files = sorted(path for path in folder.rglob("*") if path.suffix[1:] in EXTENSIONS)
+    seen = (path for path in folder.rglob("*") if not any(part[0] == "." for part in path.relative_to(folder).parts))
+    files = sorted(path for path in seen if path.suffix[1:] in EXTENSIONS)
     nested = [path for path in files if path.parent != folder]
     if nested:
         raise UserError(f"{nested[0]} lies below {folder} and would be counted too: name the folder that holds it")

@@ -22,7 +22,7 @@ from src.utils import (
     objective_of,
     read_checkpoint,
     read_config,
-    refuse_own_folder,
+    refuse_others_folder,
     save_model,
     tensor_to_pil_image,
 )
@@ -140,12 +140,15 @@ def choose_strength(
         data: folder of the images, and of the split files.
         features: a TorchScript network; None: the official one, of the FID.
     """
-    refuse_own_folder(out, checkpoint)
+    refuse_others_folder(out, checkpoint.name, checkpoint)
     strength, _, citations = SETTINGS[name]
     least = 2 if name == "asking" else 1  # one jump goes all the way from t = 1
     if min(nfes) < least or count < 8:
         raise UserError(f"{name} takes NFEs of at least {least} and 8 samples or more, got NFE {min(nfes)} and {count}")
     model = load_model(checkpoint, create_custom_model, device)
+    asked = model.objective.asked(torch.tensor(0.5), torch.tensor([0.0625, 0.125]))
+    if name == "asking" and (asked is None or asked[0] == asked[1]):
+        raise UserError(f"{type(model.objective).__name__} is not asked for parts of jumps: it has nothing to choose")
     network = load_features(features or official_inception(), device)
     training = Data(*data, "train", model.image_size, network, device, most=MOST_IMAGES)
     chosen = {}
@@ -163,7 +166,7 @@ def choose_grids(checkpoint: Path, out: Path, nfes: list[int], count: int, seed:
 
     In a folder of their own, because a grid belongs to the weights it was searched for.
     """
-    refuse_own_folder(out, checkpoint)
+    refuse_others_folder(out, checkpoint.name, checkpoint)
     if min(nfes) < 2:
         raise UserError(f"NFE {min(nfes)} has no times to choose: search from NFE 2 on")
     model = load_model(checkpoint, create_custom_model, device)

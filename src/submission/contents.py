@@ -47,7 +47,7 @@ def lay_out(root: Path, tree: Path, checkpoint: Path, writeup: Path | None) -> b
     if writeup:
         copied[WRITEUP] = writeup
         for nfe in NFES:
-            images = sorted((root / f"samples/nfe={nfe}").glob("*.png"))[:SHOWN]
+            images = sorted((root / f"samples/nfe={nfe}").glob("[!.]*.png"))[:SHOWN]
             copied |= {f"samples/nfe={nfe}/{image.name}": image for image in images}
     for name, path in copied.items():
         if path.is_file():

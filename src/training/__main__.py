@@ -12,7 +12,7 @@ from src.utils import (
     one_line_errors,
     read_checkpoint,
     read_config,
-    refuse_own_folder,
+    refuse_others_folder,
     restore_quantised,
     save_weights,
     weights_of,
@@ -109,9 +109,9 @@ def write_average(args: argparse.Namespace) -> None:
 
 
 def write_mixture(args: argparse.Namespace) -> None:
-    for checkpoint in (args.end, args.start):
-        refuse_own_folder(args.out, checkpoint)
-    mixed, target = mix(args.end, args.start, args.share), args.out / "final_model.pt"
+    target = args.out / "final_model.pt"
+    refuse_others_folder(args.out, target.name, args.end, args.start)
+    mixed = mix(args.end, args.start, args.share)
     save_weights(mixed["state_dict"], target, mixed["model_config"], provenance=mixed["provenance"])
     print(f"{target}: python sampling.py --ckpt_path {target}")
 

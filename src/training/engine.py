@@ -131,6 +131,8 @@ class Teacher(NamedTuple):
 
     weights: str  # their hash
     stages: list[dict]  # as a run's record lists them
+    seed: int | None = None  # of that run; None: an older version did not tell
+    data: dict | None = None  # its images' hash and number
 
 
 class Stage(NamedTuple):

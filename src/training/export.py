@@ -34,17 +34,18 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
     """
     if target.suffix != ".pt" or target.is_dir():
         raise UserError(f"--out {target} names no checkpoint: give a file that ends in .pt")
+    submitted = target.resolve() == TARGET.resolve()
     names = [checkpoint] if checkpoint else [name for name in CHOICES if (run / name).is_file()]
     if not names:
         raise UserError(f"{run} holds none of {', '.join(CHOICES)}: is it a folder that train.py wrote?")
     source = run / names[0]
     kept = target.name in CHOICES or target.name.startswith("checkpoint_iter_") or target.name == source.name
-    if kept and target != TARGET and target.parent.resolve() == source.parent.resolve():
+    if kept and not submitted and target.parent.resolve() == source.parent.resolve():
         raise UserError(f"--out {target} would replace a model of {run}: choose another name")
     saved = read_checkpoint(source)
     config = read_config(run / "model_config.json")
     for name, value in FORBIDDEN.items():
-        if config.get(name) == value and target == TARGET:
+        if config.get(name) == value and submitted:
             raise UserError(f"{source} was trained with {name}={value!r}, which no submission may use")
     if "state_dict" not in saved:
         raise UserError(f"{source} holds no model that can be exported: name one that train.py saved")
@@ -55,7 +56,7 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
     else:
         state = {name: value.to(DTYPES[dtype]) for name, value in state.items()}
     config |= objective_of(saved)
-    if target != TARGET:
+    if not submitted:
         refuse_other_config(target, config)
     save_weights(state, target, config, provenance=saved.get("provenance", {}))
     return source
