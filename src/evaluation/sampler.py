@@ -148,7 +148,7 @@ def choose_strength(
     model = load_model(checkpoint, create_custom_model, device)
     asked = model.objective.asked(torch.tensor(0.5), torch.tensor([0.0625, 0.125]))
     if name == "asking" and (asked is None or asked[0] == asked[1]):
-        raise UserError(f"{type(model.objective).__name__} is not asked for parts of jumps: it has nothing to choose")
+        raise UserError(f"{type(model.objective).__name__} is not asked for parts of jumps: leave this step out")
     network = load_features(features or official_inception(), device)
     training = Data(*data, "train", model.image_size, network, device, most=MOST_IMAGES)
     chosen = {}
