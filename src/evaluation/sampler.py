@@ -146,7 +146,7 @@ def choose_strength(
     if min(nfes) < least or count < 8:
         raise UserError(f"{name} takes NFEs of at least {least} and 8 samples or more, got NFE {min(nfes)} and {count}")
     model = load_model(checkpoint, create_custom_model, device)
-    asked = model.objective.asked(torch.tensor(0.5), torch.tensor([0.0625, 0.125]))
+    asked = model.objective.asked(torch.tensor(0.5), torch.tensor([0.0625, 0.125]))  # two parts of the last jump
     if name == "asking" and (asked is None or asked[0] == asked[1]):
         raise UserError(f"{type(model.objective).__name__} is not asked for parts of jumps: leave this step out")
     network = load_features(features or official_inception(), device)
