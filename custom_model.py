@@ -96,10 +96,10 @@ class CustomScheduler(BaseScheduler):
         return self.time_grids.get(nfe) or [1 - i / nfe for i in range(nfe + 1)]
 
     def asked_until(self, t: float, t_next: float, nfe: int) -> float:
-        """Down to what time the network is asked for the mean velocity of a jump from t to t_next, one of nfe.
+        """Down to which time the network is asked for the mean velocity of the jump from t to t_next, one of nfe.
 
-        To t_next; but from t = 1/2 on, `asking` may name a part of the way. An adversarial stage trains whole jumps
-        alone; asked for less, a network is presumably nearer to what it was before, whose faults are others.
+        To t_next; but from t = 1/2 on, `asking` may name a part of the way, whose velocity then takes the whole of it.
+        After an adversarial stage that gave better samples (benchmarks/LOG.md, "late jumps"); why is not known.
         """
         if t > 0.5 or nfe not in self.asking:
             return t_next

@@ -15,9 +15,10 @@ from src.objectives import OBJECTIVES, make_objective, parse_objective, parse_st
 from src.training.checkpoints import alone_in
 from src.training.data import load_images
 from src.training.distributed import World, joined
-from src.training.engine import Recipe, Teacher, plan, train
 from src.training.estimate import estimate
 from src.training.export import TARGET, export
+from src.training.loop import train
+from src.training.recipe import Recipe, Teacher, plan
 from src.training.record import environment
 from src.utils import (
     UserError,
@@ -127,8 +128,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--eval_interval", type=int, default=0, help="score every so many steps and keep best_model.pt; 0: never")
     add("--eval_samples", type=int, default=None, help="for each NFE; None: 500")
     add("--features", help="TorchScript network to score with; None: the official one, for the FID")
-    preset = parser.parse_known_args()[0].preset
-    parser.set_defaults(**PRESETS.get(preset, {}))
+    first = argparse.ArgumentParser(add_help=False)  # for --help to tell the preset's defaults
+    first.add_argument("--preset", choices=PRESETS)
+    parser.set_defaults(**PRESETS.get(first.parse_known_args()[0].preset, {}))
     args = parser.parse_args()
     if args.objective is not None:
         args.stages = f"{args.objective}:1"
@@ -166,10 +168,7 @@ def start_from(path: str, model) -> Teacher:
     model.objective = teacher.objective
     unknown = [{"objective": "unknown", "steps": 0, "citations": []}]  # of an older version: nothing to cite
     origin = read_checkpoint(path).get("provenance", {})
-    stages = origin.get("stages", unknown)
-    # An older version listed stages to come as well, without steps.
-    stages = [stage for stage in stages if stage["steps"] or not stage["citations"]]
-    return Teacher(weights_hash(teacher)[:16], stages, origin.get("seed"), origin.get("data"))
+    return Teacher(weights_hash(teacher)[:16], origin.get("stages", unknown), origin.get("seed"), origin.get("data"))
 
 
 def run(args: argparse.Namespace, world: World, device: torch.device) -> None:

@@ -11,7 +11,6 @@ OUT/curve.png (distance against NFE), OUT/objectives.json and OUT/grid.png, one 
 """
 
 import argparse
-import copy
 import json
 import math
 import sys
@@ -27,11 +26,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from custom_model import create_custom_model
 from src.evaluation.compare import plot_distances
 from src.evaluation.intervals import mean_interval
+from src.evaluation.launch import run_to_the_end, split_flags
 from src.evaluation.sampler import SETTINGS, choose_strength
 from src.evaluation.scoring import CHOOSING_SEED, Scorer, draw_samples
 from src.objectives import make_objective, parse_stages
 from src.training.data import load_images
-from src.training.engine import Recipe, Stage, Training, plan
+from src.training.estimate import rehearsal
+from src.training.recipe import Recipe, Stage, plan
 from src.training.record import environment
 from src.utils import (
     NFES,
@@ -41,8 +42,6 @@ from src.utils import (
     one_line_errors,
     pick_device,
     read_config,
-    refuse_flags,
-    run_to_the_end,
     tensor_to_pil_image,
     weights_hash,
     write_json,
@@ -73,10 +72,7 @@ def evaluations_a_sample(model, stage: Stage, batch: int = 24, steps: int = 2) -
     with torch.no_grad():
         unit = flops(lambda: model.predict(x, 1.0))
     images = np.zeros((batch, 3, size, size), np.uint8)
-    objective = copy.copy(stage.objective)
-    objective.pairs = 0  # they are counted apart
-    recipe = Recipe(batch_size=batch)
-    training = Training(copy.deepcopy(model), images, recipe, [Stage(stage.name, objective, stage.steps)])
+    training = rehearsal(model, images, Recipe(batch_size=batch), stage)
     return flops(lambda: [training.step() for _ in range(steps)]) / (unit * batch * steps)
 
 
@@ -99,19 +95,6 @@ def scores_of(model, scorers: list[Scorer]) -> dict[str, list[float]]:
     found = [scorer(model) for scorer in scorers]
     distance = scorers[0].features.distance
     return {str(nfe): [one[f"{distance} NFE {nfe}"] for one in found] for nfe in NFES}
-
-
-def split_flags(reserved: list[str]) -> tuple[list[str], list[str]]:
-    """This command's own arguments, and those after `--`, which go to train.py.
-
-    Raises: UserError if one of the latter is reserved, abbreviated or not.
-    """
-    ours, theirs = sys.argv[1:], []
-    if "--" in ours:
-        split = ours.index("--")
-        ours, theirs = ours[:split], ours[split + 1 :]
-    refuse_flags(theirs, reserved, "after --")
-    return ours, theirs
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:

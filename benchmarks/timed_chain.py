@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 import train
-from benchmarks.objectives import split_flags
+from src.evaluation.launch import split_flags
 from src.objectives import parse_stages
 from src.utils import UserError, one_line_errors
 

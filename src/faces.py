@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
+import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -268,19 +269,34 @@ def _write(identity: int, root: Path, size: int) -> None:
         draw_face(identity, size).save(temporary, format="png")
 
 
+def _same(a: Image.Image, b: Image.Image) -> bool:
+    """Whether two images are the same face, but for how versions of Pillow draw it."""
+    if a.mode != b.mode or a.size != b.size:
+        return False
+    return np.abs(np.asarray(a, dtype=float) - np.asarray(b)).mean() < 4
+
+
 def write_dataset(root: Path, train: int, val: int, size: int) -> None:
     """Draw ids 1 .. train + val; every (train + val) / val-th is for validation. Split files come last."""
     if train < 1 or val < 1 or size < 16:
         raise UserError("need at least one training and one validation face, of at least 16 pixels")
-    root.mkdir(parents=True, exist_ok=True)
     ids = range(1, train + val + 1)
+    chosen = {ids[i * len(ids) // val] for i in range(val)}
+    splits = {"train": [i for i in ids if i not in chosen], "val": sorted(chosen)}
+    lists = {root / f"{split}_split.txt": "".join(f"{i}\n" for i in members) for split, members in splits.items()}
+    taken = [path for path, text in lists.items() if path.exists() and path.read_text() != text]
+    drawn = next((i for i in ids if (root / f"{i}.png").exists()), None)  # by an interrupted command of ours?
+    if drawn and not _same(Image.open(root / f"{drawn}.png"), draw_face(drawn, size)):
+        taken.append(root / f"{drawn}.png")
+    if taken:
+        raise UserError(f"{taken[0]} would be lost: name another folder, or delete it first")
+    root.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
         jobs = pool.map(partial(_write, root=root, size=size), ids, chunksize=64)
         list(tqdm(jobs, total=len(ids), desc="drawing faces", unit="face"))
-    chosen = {ids[i * len(ids) // val] for i in range(val)}
-    for split, members in (("train", [i for i in ids if i not in chosen]), ("val", sorted(chosen))):
-        with replacing(root / f"{split}_split.txt") as temporary:
-            temporary.write_text("".join(f"{i}\n" for i in members))
+    for path, text in lists.items():
+        with replacing(path) as temporary:
+            temporary.write_text(text)
 
 
 def main() -> None:

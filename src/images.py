@@ -48,8 +48,8 @@ def read_rgb(path: Path) -> Image.Image:
 def resized(size: int) -> Callable[[Image.Image], Image.Image]:
     """A PIL image at 64 x 64 as the challenge makes it, and from there at an experiment's smaller size.
 
-    Of the 200 x 200 files at once, 32 x 32 images are sharper than of references that are kept at 64 x 64. One that has
-    its size already stays as it is.
+    In one step from the 200 x 200 files, 32 x 32 images would be sharper than references that were kept at 64 x 64. An
+    image that has the size stays as it is.
     """
     sides = (64, size) if size < 64 else (size,)
     steps = transforms.Compose([transforms.Resize((side, side)) for side in sides])
@@ -57,7 +57,7 @@ def resized(size: int) -> Callable[[Image.Image], Image.Image]:
 
 
 def _unless_of(size: tuple[int, int], steps: Callable[[Image.Image], Image.Image], image: Image.Image) -> Image.Image:
-    return image if image.size == size else steps(image)  # no closure: a loader's workers may have to be sent it
+    return image if image.size == size else steps(image)  # no closure: a loader's workers may pickle it
 
 
 def to_pixels(size: int) -> Callable[[Image.Image], Tensor]:

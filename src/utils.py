@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,32 +46,15 @@ def one_line_errors() -> Iterator[None]:
         sys.exit("interrupted")
 
 
-def refuse_flags(flags: list[str], reserved: list[str], where: str) -> None:
-    """UserError if one of train.py's `flags` is `reserved` for the script that starts it, abbreviated or not."""
-    for flag in flags:
-        name = flag.split("=")[0]
-        if name.startswith("--") and any(f"--{one}".startswith(name) for one in reserved):
-            raise UserError(f"{flag} {where} is for this script to choose: leave it out")
-
-
-def run_to_the_end(command: list[str], stdout: int | None = None) -> None:
-    """Run a script of ours that saves when it is interrupted: on Ctrl-C or SIGTERM, wait for that first.
-
-    Args:
-        stdout: as `subprocess.Popen` takes it.
-    Raises: UserError if it fails; KeyboardInterrupt once it has ended, if there was one.
-    """
-    process, interrupted = subprocess.Popen(command, stdout=stdout), False
-    while process.poll() is None:
-        try:
-            process.wait()
-        except KeyboardInterrupt:
-            interrupted = True
-            process.terminate()  # SIGTERM reaches this process alone
-    if interrupted:
-        raise KeyboardInterrupt
-    if process.returncode:
-        raise UserError(f"{' '.join(command[1:])} failed, and said why above")
+@contextmanager
+def on_stop(handle: Callable) -> Iterator[None]:
+    """Within, SIGINT and SIGTERM do nothing but call `handle(number, frame)`."""
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def seed_everything(seed: int) -> None:

@@ -19,7 +19,7 @@ from custom_model import create_custom_model
 from src.images import split_paths
 from src.objectives import make_objective, parse_stages
 from src.training.data import load_images
-from src.training.engine import plan
+from src.training.recipe import plan
 from src.utils import UserError, load_model, save_model, write_json
 
 
@@ -39,8 +39,8 @@ def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, ti
                    "--out", out, "--", "--batch_size", "4"]  # fmt: skip
         monkeypatch.setattr(sys, "argv", command)
         monkeypatch.setattr(objectives, "SEARCHED", 16)
-        sigma, strengths, citation = objectives.SETTINGS["smoothing"]
-        monkeypatch.setitem(objectives.SETTINGS, "smoothing", (sigma, strengths[::6], citation))  # not a test of these
+        sigma, strengths = objectives.SETTINGS["smoothing"]
+        monkeypatch.setitem(objectives.SETTINGS, "smoothing", (sigma, strengths[::6]))  # not a test of these
         objectives.main()
         return (workdir / "compared/table.md").read_text()
 

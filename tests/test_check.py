@@ -7,6 +7,7 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -284,7 +285,7 @@ STATIC = {
     "small samples": (
         lambda p: (own_copy(p / "samples/nfe=1/0000.png"), tiny_picture(p / "samples/nfe=1/0000.png")),
         "samples",
-        "0000.png in samples/ no readable 64x64 RGB",
+        "nfe=1/0000.png is ",
     ),
     "letter paper": (spoiled_writeup('"a4"', '"us-letter"'), "write-up pages", "page 1 is not A4"),
     "the template's names": (
@@ -302,6 +303,11 @@ STATIC = {
         "references.bib cannot be read",
     ),
     "no samples": (lambda p: shutil.rmtree(p / "samples/nfe=2"), "samples", "python sampling.py"),
+    "seven samples": (
+        lambda p: (p / "samples/nfe=4/0007.png").unlink(),
+        "samples",
+        "fewer than 8 images in samples/nfe=4",
+    ),
     "stale samples": (
         lambda p: os.utime(own_copy(p / "samples/nfe=1/0000.png"), (0, 0)),
         "samples",
@@ -513,6 +519,46 @@ def test_a_training_time_is_found(told):
 @pytest.mark.parametrize("told", ["a long time", "section 2. Hours later", "some days", "64x64 images"])
 def test_what_tells_no_training_time_is_not_taken_for_one(told):
     assert not re.search(writeup.PARTS["training details: total training time"], f"It took {told}.", re.I | re.M)
+
+
+@pytest.mark.parametrize("name", ["sound", "mirrored", "grey", "too few"])
+def test_images_are_looked_at_one_by_one(name, faces, tmp_path):
+    faces_of = [(faces / f"{split}_split.txt").read_text().split() for split in ("train", "val")]
+    drawn = tmp_path / "drawn/nfe=1"
+    drawn.mkdir(parents=True)
+    for i, face in enumerate(faces_of[1][: 1 if name == "too few" else 2]):
+        image = read_rgb(faces / f"{face}.png")
+        image.convert("L" if name == "grey" and i else "RGB").save(drawn / f"{i:04d}.png")
+    if name == "mirrored":
+        read_rgb(faces / f"{faces_of[0][3]}.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(drawn / "0001.png")
+    s = SimpleNamespace(
+        drawn=tmp_path / "drawn", nfes=(1,), samples=2, subject=SimpleNamespace(data_root=faces, split_dir=faces)
+    )
+    failed = {line.name: line.told for line in checking.images(s) if line.verdict == "FAIL"}
+    expected = {
+        "mirrored": ("not copied", "must not hold training images"),
+        "grey": ("images", "nfe=1/0001.png is 64x64 L"),
+        "too few": ("images", "nfe=1 holds 1 images instead of 2"),
+    }
+    line, told = expected.get(name, (None, ""))
+    assert set(failed) == {line} - {None} and told in failed.get(line, ""), failed
+
+
+def test_no_hidden_or_compiled_sources_are_laid_out(project, tmp_path):
+    for name in ("src/.secret.py", "src/__pycache__/utils.pyc", "src/.idea/workspace.json"):
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text("of an editor")
+    contents.lay_out(project, tmp_path / "tree", contents.TARGET, None)
+    held = {path.relative_to(tmp_path / "tree").as_posix() for path in (tmp_path / "tree/src").rglob("*")}
+    assert "src/utils.py" in held and not [name for name in held if "/." in name or "__pycache__" in name]
+
+
+def test_a_laid_out_config_names_the_objective_of_its_checkpoint(project, tmp_path):
+    (project / "other").mkdir()
+    torch.save({"state_dict": {}, "model_config": {"objective": "shortcut"}}, project / "other/early.pt")
+    (project / "other/model_config.json").write_text(json.dumps(CONFIG))
+    contents.lay_out(project, tmp_path / "tree", project / "other/early.pt", None)
+    assert json.loads((tmp_path / "tree" / contents.CONFIG).read_text()) == {**CONFIG, "objective": "shortcut"}
 
 
 def test_a_heading_may_end_in_a_colon():

@@ -21,6 +21,7 @@ from toy import GaussianField
 from custom_model import CustomGenerativeModel, CustomScheduler, blurred, create_custom_model
 from dataset import SimpsonsDataModule
 from src.evaluation import features as room
+from src.evaluation import sampler
 from src.evaluation.__main__ import main
 from src.evaluation.distances import frechet_distance
 from src.evaluation.reference import write_reference
@@ -28,7 +29,7 @@ from src.evaluation.sampler import choose_strength, save_chosen, search_grid, se
 from src.evaluation.scoring import Scorer, image_features
 from src.images import to_pixels
 from src.objectives import make_objective
-from src.utils import UserError, load_model, read_checkpoint, save_model, tensor_to_pil_image
+from src.utils import UserError, load_model, quantised, read_checkpoint, save_model, save_weights, tensor_to_pil_image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,11 +53,41 @@ def test_searched_times_are_better_than_uniform_ones(workdir):
         assert len(grid) == nfe + 1 and grid[0] == 1 and grid[-1] == 0 and sorted(grid, reverse=True) == grid
         assert errors["found"] < 0.8 * errors["uniform"], (grid, errors)
         assert not model.scheduler.time_grids  # the model itself is left as it was
+    model.scheduler.smoothing[4] = 0.5  # a filter of four jumps' samples is no matter of times
+    assert search_grid(model, 4, count=16) == (grid, errors) and model.scheduler.smoothing
     with pytest.raises(UserError, match="times are searched from NFE 2 on"):
         search_grid(model, 1)
     model.objective = make_objective("adversarial", model.scheduler)
     with pytest.raises(UserError, match="Adversarial leaves no velocity to follow"):
         search_grid(model, 2)
+
+
+def test_times_are_searched_on_half_of_the_noise_and_judged_on_the_other(monkeypatch):
+    model = CustomGenerativeModel(GaussianField(), CustomScheduler(), objective="shortcut", image_size=8)
+    calls = []
+
+    def recorded(self, shape, steps, generator):
+        calls.append((steps, type(self.objective).__name__, [one.initial_seed() for one in generator]))
+        return torch.full(shape, self.scheduler.time_grid(steps)[1] + 0.3 * (steps == 2))  # best: 1 - 1/64 - 0.3
+
+    monkeypatch.setattr(CustomGenerativeModel, "sample", recorded)
+    grid, errors = search_grid(model, 2, count=8, seed=100)
+    assert grid[1] == pytest.approx(0.684, abs=0.01) and errors["found"] < 1e-4 < errors["uniform"]
+    searched, checked = list(range(100, 104)), list(range(104, 108))
+    assert calls[:2] == [(64, "RectifiedFlow", searched), (64, "RectifiedFlow", checked)]  # along the velocity
+    assert calls[-2:] == [(2, "Shortcut", checked)] * 2 and len(calls) > 4
+    assert all(call == (2, "Shortcut", searched) for call in calls[2:-2])
+
+
+def test_times_that_gain_nothing_on_other_noise_are_left_uniform(workdir, monkeypatch):
+    config = {"unet": "small", "image_size": 32, "objective": "rectified_flow", "time_grids": {"2": [1, 0.4, 0]}}
+    save_model(create_custom_model(**config), "run/model.pt", config)
+    found = {2: ([1, 0.6, 0], 2.0), 3: ([1, 0.6, 0.3, 0], 0.5)}
+    monkeypatch.setattr(
+        sampler, "search_grid", lambda model, nfe, *_: (found[nfe][0], {"uniform": 1.0, "found": found[nfe][1]})
+    )
+    sampler.choose_grids(Path("run/model.pt"), Path("out"), [2, 3], 8, 0, torch.device("cpu"))
+    assert load_model("out/model.pt", create_custom_model).scheduler.time_grids == {3: [1, 0.6, 0.3, 0]}
 
 
 class Blocks(torch.nn.Module):
@@ -167,7 +198,11 @@ def test_commands_write_what_sampling_reads(workdir, faces, tiny_network, script
     loaded = load_model("smooth/model.pt", create_custom_model)
     assert loaded.scheduler.smoothing == {2: 10.0} and loaded.scheduler.sharpening[2] > 0
     cited = torch.load("smooth/model.pt", weights_only=True)["provenance"]["citations"]
-    assert cited == ["gonzalez2018digital"]
+    assert cited == ["liu2023flow", "gonzalez2018digital"]
+    command[3], command[5], command[9] = "smoothing", "smooth/model.pt", "anew"
+    result = subprocess.run(command, cwd=workdir, env=script_env, capture_output=True, text=True)
+    assert "its sharpening is left out" in result.stdout
+    assert not load_model("anew/model.pt", create_custom_model).scheduler.sharpening
     command[3], command[5] = "asking", "smooth/model.pt"
     command[9] = "asked"
     result = subprocess.run(command, cwd=workdir, env=script_env, capture_output=True, text=True)
@@ -204,13 +239,15 @@ def test_no_search_begins_that_would_spoil_a_model_or_finds_nothing(workdir):
 
 
 def test_what_the_search_found_no_use_for_is_unset(workdir, randomised):
-    model = randomised(create_custom_model(unet="small", image_size=32))
-    save_model(model, "run/model.pt", {"unet": "small", "image_size": 32, "smoothing": {"1": 0.5, "2": 0.5}})
-    save_chosen(model, Path("run/model.pt"), Path("out"), ("liu2023flow",), smoothing={"1": None, "4": 0.1})
+    weights = quantised(randomised(create_custom_model(unet="small", image_size=32)).state_dict())
+    save_weights(weights, "run/model.pt", {"unet": "small", "image_size": 32, "smoothing": {"1": 0.5, "2": 0.5}})
+    save_chosen(Path("run/model.pt"), Path("out"), smoothing={"1": None, "4": 0.1})
     assert load_model("out/model.pt", create_custom_model).scheduler.smoothing == {2: 0.5, 4: 0.1}
-    save_chosen(model, Path("run/model.pt"), Path("none"), ("liu2023flow",), smoothing={"1": None, "2": None})
-    cited = [read_checkpoint(f"{folder}/model.pt")["provenance"].get("citations") for folder in ("out", "none")]
-    assert cited == [["liu2023flow"], None]
+    save_chosen(Path("run/model.pt"), Path("none"), smoothing={"1": None, "2": None})
+    written = [read_checkpoint(f"{folder}/model.pt") for folder in ("out", "none")]
+    assert all(torch.equal(one["state_dict"][name], value) for one in written for name, value in weights.items())
+    cited = [one["provenance"].get("citations") for one in written]
+    assert cited == [["liu2023flow", "buades2005nonlocal"], None]
 
 
 def test_time_grid_command_writes_what_sampling_reads(workdir, randomised, script_env):

@@ -3,8 +3,10 @@
 import hashlib
 
 import numpy as np
+import pytest
 
-from src.faces import draw_face
+from src.faces import draw_face, write_dataset
+from src.utils import UserError
 
 
 def test_an_id_is_always_the_same_face(faces):
@@ -34,3 +36,16 @@ def test_faces_are_antialiased_and_scale():
 def test_splits_share_no_face_and_cover_all(faces):
     train, val = ((faces / f"{split}_split.txt").read_text().split() for split in ("train", "val"))
     assert len(train) == 24 and len(val) == 8 and sorted(map(int, train + val)) == list(range(1, 33))
+
+
+def test_files_of_others_are_not_drawn_over(tmp_path):
+    write_dataset(tmp_path / "own", 2, 1, 16)
+    write_dataset(tmp_path / "own", 2, 1, 16)  # again, as after an interruption
+    for root, spoil in (("splits", lambda path: (path / "val_split.txt").write_text("37\n")),
+                        ("photos", lambda path: draw_face(9, 16).save(path / "2.png"))):  # fmt: skip
+        (tmp_path / root).mkdir()
+        spoil(tmp_path / root)
+        before = [path.read_bytes() for path in (tmp_path / root).iterdir()]
+        with pytest.raises(UserError, match="would be lost: name another folder"):
+            write_dataset(tmp_path / root, 2, 1, 16)
+        assert [path.read_bytes() for path in (tmp_path / root).iterdir()] == before

@@ -1,7 +1,9 @@
 """Scheduler, flow map and factory."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -100,6 +102,26 @@ def test_smoothing_takes_grain_from_even_areas_and_leaves_edges():
         CustomScheduler(smoothing={"2": 0})
 
 
+def test_smoothing_is_the_means_that_it_says():
+    """Four times, over 17x17 pixels, by how alike the 3x3 around them are; in loops."""
+    sigma = 0.3
+    x = torch.rand(1, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = x[0].numpy()
+    rows, columns = np.mgrid[:4, :5]
+    weights = np.outer([1, 2, 1], [1, 2, 1]) / 16
+    for _ in range(4):
+        total, norm = 0, 0
+        for i, j in itertools.product(range(-8, 9), repeat=2):
+            near = expected[:, np.clip(rows + i, 0, 3), np.clip(columns + j, 0, 4)]
+            apart = np.pad(((near - expected) ** 2).mean(0), 1, mode="edge")
+            apart = sum(weights[k, m] * apart[k : k + 4, m : m + 5] for k in range(3) for m in range(3))
+            weight = np.exp(-apart / (2 * sigma**2))
+            total, norm = total + weight * near, norm + weight
+        expected = total / norm
+    found = CustomScheduler(smoothing={1: sigma}).smooth(x, 1)[0].numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_sharpening_raises_edges_and_leaves_even_areas():
     scheduler = CustomScheduler(sharpening={"2": 0.5})
     step = torch.zeros(1, 3, 8, 8)
@@ -166,6 +188,16 @@ def test_scalars_reach_the_network_scaled():
     model.network.register_forward_pre_hook(lambda _, inputs: seen.update(t=inputs[1], d=inputs[2]))
     model.predict(torch.zeros(2, 3, 32, 32), torch.tensor([0.5, 1.0]), d=0.25)
     assert seen["t"].tolist() == [250, 500] and seen["d"].tolist() == [125, 125]
+
+
+@pytest.mark.parametrize("objective", ["shortcut", "rectified_flow"])
+def test_a_velocity_has_its_states_precision_under_autocast(objective):
+    model = create_custom_model(objective=objective, unet="small", image_size=32)
+    kinds = []
+    model.network.tail.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.predict(torch.zeros(1, 3, 32, 32), 0.5).dtype == torch.float32
+    assert kinds == [torch.bfloat16]
 
 
 def test_jump_without_a_condition_is_refused():

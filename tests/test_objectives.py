@@ -24,8 +24,10 @@ from src.objectives.rollout import in_turn, roll_out, sample_through
 from src.training import engine, fusing
 from src.training.data import load_images
 from src.training.distributed import World
-from src.training.engine import CITATIONS as TRAINING
-from src.training.engine import Loss, Recipe, Training, accumulate_gradient, plan, train
+from src.training.engine import Loss, Training, accumulate_gradient
+from src.training.loop import train
+from src.training.recipe import CITATIONS as TRAINING
+from src.training.recipe import Recipe, plan
 from src.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,6 +192,68 @@ def test_a_second_training_finds_what_the_first_compiled(monkeypatch):
         counts.append(compiled["unique_graphs"])
     torch._dynamo.reset()
     assert counts[0] < counts[1] == counts[2]
+
+
+def test_a_plain_loops_loss_is_that_of_the_stages_end():
+    model = CustomGenerativeModel(MLP(True), CustomScheduler(16), objective="alpha_flow/anneal=12")
+    data, noise = torch.randn(2, 8, 1, 1, 2)
+    torch.manual_seed(0)
+    found = model.compute_loss(data, noise)
+    torch.manual_seed(0)
+    draw = model.objective.draw(data.shape)
+    ended, began = (model.objective.loss(Nets(model, model), data, noise, p, draw)[0].mean() for p in (1.0, 0.0))
+    assert torch.equal(found, ended) and not torch.equal(found, began)
+
+
+def small_training(stages, steps, **recipe):
+    model = CustomGenerativeModel(MLP(use_additional_condition=True), CustomScheduler(16), objective="rectified_flow")
+    planned = plan(parse_stages(stages), lambda name: make_objective(name, model.scheduler), steps)
+    images = np.random.default_rng(0).integers(0, 255, (32, 1, 1, 2), np.uint8)
+    return Training(model, images, Recipe(**{"batch_size": 8, "warmup": 0, **recipe}), planned)
+
+
+def test_averages_forget_the_stage_before():
+    training = small_training("rectified_flow:0.9,alpha_flow:0.1", 20, lr=0.01)
+    for _ in range(18):
+        training.step()
+    assert not torch.equal(training.ema.model.network.layers[0].weight, training.model.network.layers[0].weight)
+    training.step()  # the stage's first, of which an average knows nothing else
+    student = dict(training.model.named_parameters())
+    for average in (dict(training.ema.model.named_parameters()), *training.power_ema.averages.values()):
+        assert all(torch.equal(average[name], value) for name, value in student.items())
+
+
+def test_a_stages_optimizers_are_as_recipe_and_objective_say():
+    training = small_training(
+        "rectified_flow:0.5,adversarial/critic=conv:0.5", 4, beta1=0.8, beta2=0.98, weight_decay=0.2
+    )
+    settings = [(group["betas"], group["weight_decay"]) for group in training.optimizer.param_groups]
+    assert settings == [((0.8, 0.98), 0.2)]
+    seen = []
+    for _ in range(3):
+        training.step()
+        seen.append(training.progress)
+    assert seen == [0.5, 1.0, 0.5]  # of each stage
+    for optimizer, decay in ((training.optimizer, 0.2), (training.critic_optimizer, 0.0)):
+        settings = [(group["betas"], group["weight_decay"]) for group in optimizer.param_groups]
+        assert settings == [((0.0, 0.98), decay)]
+    # The student's loss leaves no gradient with the critic, which would go into the critic's next step.
+    assert all(p.grad is None for net in (training.model, training.nets.critic) for p in net.parameters())
+
+
+def test_every_step_stream_and_seed_has_its_own_images_and_noise():
+    objective = make_objective("rectified_flow", CustomScheduler())
+    images = torch.arange(200, dtype=torch.uint8).reshape(200, 1, 1, 1).expand(200, 1, 1, 2)
+    batches = {
+        (seed, step, stream): engine.global_batch(images, objective, 16, seed, step, World(), None, stream)
+        for seed, step, stream in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, engine.CRITIC_STREAM + 1), (1, 0, 0))
+    }
+    assert len(batches) == 4
+    for part in (0, 1):
+        values = [found[part] for found in batches.values()]
+        assert all(not torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
+    times = [found[2]["t"] for found in batches.values()]
+    assert all(not torch.equal(a, b) for i, a in enumerate(times) for b in times[:i])
 
 
 def test_rates_fall_after_their_steady_share_of_the_stage():
@@ -480,6 +544,220 @@ def test_mean_flow_differentiates_in_float32():
     assert seen == [("highest", False)] and precision() == before  # on GPUs TF32 would round it
 
 
+class Known(torch.nn.Module):
+    """A flow map in a formula, which tells nets, states, times and jumps apart."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.scheduler = torch.nn.Parameter(torch.tensor(scale)), CustomScheduler(16)
+        self.modes = []
+
+    def predict(self, x, t, d=None):
+        self.modes.append(self.training)
+        d = torch.zeros_like(t) if d is None else d
+        return self.scale * x + (t.square() + 3 * d)[:, None]
+
+    def velocity(self, x, t, t_next):
+        return self.predict(x, t, t - t_next)
+
+    def jump(self, x, t, t_next):
+        return x - (t - t_next)[:, None] * self.velocity(x, t, t_next)
+
+
+def known_nets():
+    student, ema, teacher, critic = (Known(scale) for scale in (0.1, 0.2, 0.3, 0.4))
+    ema.requires_grad_(False), teacher.requires_grad_(False)
+    return Nets(student, ema, teacher, critic)
+
+
+JUMPED = ["alpha_flow/anneal=12", "alpha_flow/own=true", "consistency", "progressive/steps=2", "shortcut"]
+
+
+@pytest.mark.parametrize("name", [*JUMPED, "mean_flow", "mean_flow/improved=true"])
+def test_a_jumps_target_is_its_papers(name):
+    objective, nets = make_objective(name, CustomScheduler(16)), known_nets()
+    x, v = 0.5 * torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    t, d = torch.tensor([1.0, 0.9, 0.5, 0.5]), torch.tensor([1.0, 0.5, 0.25, 0.5])
+    ema, student = nets.ema, nets.student
+    if name == "consistency":  # f(x_t) = x_t - t u, which should be what it is at r
+        d = t
+        r = t * (1 - (1 + 8 / (1 + (t / (1 - t).clamp(min=1e-4)).exp())) / 16)
+        x_r = x - (t - r)[:, None] * v
+        expected = (x - (x_r - r[:, None] * ema.predict(x_r, r, r))) / t[:, None]
+    elif name.startswith("alpha_flow"):
+        alpha = 0.125 if "own" in name else 1 / (1 + np.exp(12 * (0.6 - 0.5)))
+        first = ema.predict(x, t) if "own" in name else v
+        rest = ema.predict(x - alpha * d[:, None] * first, t - alpha * d, (1 - alpha) * d)
+        expected = alpha * first + (1 - alpha) * rest
+    elif name.startswith("mean_flow"):
+        along = student.predict(x, t) if "improved" in name else v
+        expected = v - d[:, None] * (student.scale * along + (2 * t + 3)[:, None])
+    else:
+        teacher = nets.teacher if name.startswith("progressive") else ema
+        end = teacher.jump(teacher.jump(x, t, t - d / 2), t - d / 2, t - d)
+        expected = (x - end) / d[:, None]
+    target = objective.target(nets, x, t, d, v, 0.6)
+    torch.testing.assert_close(target, expected.detach(), rtol=1e-4, atol=1e-4, check_stride=False)
+
+
+@pytest.mark.parametrize("name", [*JUMPED, "mean_flow", "mean_flow/improved=true"])
+def test_no_gradient_goes_through_a_target(name, monkeypatch):
+    """Nor where a plain loop has the student stand in for its average."""
+    model = CustomGenerativeModel(MLP(True), CustomScheduler(16), objective=f"{name}/flow=0.5")
+    targets, target = [], model.objective.target
+    monkeypatch.setattr(model.objective, "target", lambda *args: targets.append(target(*args)) or targets[0])
+    data, noise = torch.randn(2, 8, 1, 1, 2)
+    loss, _ = model.objective.loss(Nets(model, model, model), data, noise, 0.5, model.objective.draw(data.shape))
+    assert loss.requires_grad and len(targets) == 1 and not targets[0].requires_grad
+
+
+def test_errors_are_weighed_as_the_papers_weigh_them():
+    scheduler = CustomScheduler(16)
+    error, t, d = torch.tensor([0.5, 2.0]), torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.0])  # a jump, a velocity
+    ratio = torch.tensor([0.125, 1.0])
+    n = torch.tensor([1 + 8 / (1 + np.e), 1.0])
+    for name, gradient in (
+        ("alpha_flow", ratio**0.5 / (error + 1e-3) ** 0.75),
+        ("alpha_flow/power=1", ratio / (error + 1e-3)),
+        ("mean_flow", 1 / (error + 1e-3) ** 0.75),
+        ("mean_flow/power=0", torch.ones(2)),
+        ("consistency", 0.5 / (error + 1e-6).sqrt() / n),
+    ):
+        given = error.clone().requires_grad_(True)
+        weighed = make_objective(name, scheduler).weigh(given, t, d, 0.5)
+        weighed.sum().backward()
+        torch.testing.assert_close(given.grad, gradient, msg=lambda told, name=name: f"{name}: {told}")
+        if name != "consistency":
+            torch.testing.assert_close(weighed.detach(), gradient * error)
+
+
+def test_jumps_are_drawn_as_the_papers_draw_them():
+    torch.manual_seed(0)
+    scheduler, count = CustomScheduler(16), 40_000
+
+    def on_grid(t, d):
+        return torch.isin(d, torch.tensor([1.0, 0.5, 0.25])) & (t / d == (t / d).round())
+
+    t, d = make_objective("alpha_flow/grid=0.25", scheduler).jumps(count)
+    grid = on_grid(t, d)
+    assert grid.float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert ((d > 0) & (d <= t) & (t <= 1))[~grid].all()
+    assert t[~grid].mean().item() == pytest.approx(2 / 3, abs=0.01)  # the larger of two uniform times
+    assert (t - d)[~grid].mean().item() == pytest.approx(1 / 3, abs=0.01)
+
+    t, d = make_objective("consistency/grid=0.25", scheduler).jumps(count)
+    grid = torch.isin(t, torch.tensor([1.0, 0.5, 0.25]))
+    assert torch.equal(t, d) and grid.float().mean().item() == pytest.approx(0.25, abs=0.01)
+    sigma = (t / (1 - t))[~grid].log()
+    assert sigma.median().item() == pytest.approx(-1.1, abs=0.1)
+    assert sigma.quantile(0.84).item() == pytest.approx(0.9, abs=0.1)  # a standard deviation of 2
+
+    t, d = make_objective("mean_flow", scheduler).jumps(count)
+    t_r = (torch.randn(2, count) * 1.6 + torch.tensor([[-0.6], [-4.0]])).sigmoid().sort(dim=0).values
+    for found, expected in ((t - d, t_r[0]), (t, t_r[1])):
+        for share in (0.1, 0.5, 0.9):
+            assert found.quantile(share).item() == pytest.approx(expected.quantile(share).item(), rel=0.1)
+
+    draw = make_objective("trajectory/levels=8", scheduler).draw((count, 1))
+    t, s = 8 * draw["t"], 8 * draw["s"]
+    assert set(t.tolist()) == set(range(1, 9)) and set(s.tolist()) == set(range(8)) and (s < t).all()
+    assert (t == 8).float().mean().item() == pytest.approx(0.25 + 0.75 / 8, abs=0.01)
+    assert (s[t == 8] == 0).float().mean().item() == pytest.approx(0.5 + 0.5 / 8, abs=0.01)
+
+
+def test_only_the_last_jump_is_asked_of_a_consistency_model():
+    t, t_next = torch.tensor([1.0, 1.0, 0.5]), torch.tensor([0.5, 0.0, 0.0])
+    assert make_objective("consistency", CustomScheduler()).asked(t, t_next).tolist() == [0.0, 1.0, 0.5]
+
+
+def test_a_trajectorys_loss_is_its_formula():
+    objective, nets = make_objective("trajectory/levels=4/flow=0.25", CustomScheduler(16)), known_nets()
+    data, noise = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    t, s, v_t = (torch.tensor(times) for times in ([1.0, 0.75, 0.5], [0.5, 0.0, 0.25], [0.2, 0.5, 0.9]))
+    student, ema, teacher, _ = nets
+    x_t, x_v = ((1 - time[:, None]) * data + time[:, None] * noise for time in (t, v_t))
+    near, zero = t - 0.25, torch.zeros(3)
+    slope = teacher.predict(x_t, t)
+    slope = (slope + teacher.predict(x_t - 0.25 * slope, near)) / 2
+    wanted = ema.jump(ema.jump(x_t - 0.25 * slope, near, s), s, zero)
+    jump = (ema.jump(student.jump(x_t, t, s), s, zero) - wanted).square().mean(1)
+    flow = (student.predict(x_v, v_t) - (noise - data)).square().mean(1)
+    ema.modes.clear(), teacher.modes.clear()
+    loss, logs = objective.loss(nets, data, noise, 0.0, {"t": t, "s": s, "v_t": v_t})
+    assert not any(ema.modes + teacher.modes) and all(student.modes)
+    torch.testing.assert_close(loss, jump + 0.25 * flow)
+    torch.testing.assert_close(logs["loss_flow"], flow.detach())
+    loss.sum().backward()
+    assert student.scale.grad != 0
+
+
+@pytest.mark.parametrize("told", ["true", "false"])
+def test_losses_of_distribution_matching_are_their_formulas(told):
+    objective, nets = make_objective(f"distribution_matching/told={told}", CustomScheduler(16)), known_nets()
+    data, noise, tau_noise = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    draw = {
+        "nfe": torch.tensor([1, 2, 4, 2, 4]),
+        "position": torch.tensor([0, 1, 3, 0, 2]),
+        "hold": torch.tensor([False, False, False, True, True]),
+        "tau": torch.tensor([0.1, 0.5, 0.9, 0.3, 0.7]),
+        "tau_noise": tau_noise,
+    }
+    student, _, teacher, critic = nets
+    expected, gradients, critics = [], [], []
+    for i, (nfe, position) in enumerate(zip(draw["nfe"].tolist(), draw["position"].tolist(), strict=True)):
+        times = torch.linspace(1, 0, nfe + 1)[:, None]
+        x = noise[i : i + 1]
+        with torch.no_grad():
+            for j in range(nfe - 1):
+                x = student.jump(x, times[j], times[j + 1])
+        end = student.jump(x, times[-2], times[-1])
+        tau = draw["tau"][i : i + 1]
+        x_0 = end.detach()
+        x_tau = (1 - tau) * x_0 + tau * tau_noise[i]
+        v_samples = critic.predict(x_tau, tau, torch.tensor([1 / nfe]) if told == "true" else None)
+        critics.append((v_samples - (tau_noise[i] - x_0)).square().mean())
+        if draw["hold"][i]:
+            t, s = times[position], times[position + 1]
+            x_t = (1 - t) * data[i : i + 1] + t * noise[i]
+            expected.append(((student.jump(x_t, t, s) - teacher.jump(x_t, t, s)) / (t - s)).square().mean())
+            gradients.append(torch.autograd.grad(expected[-1], student.scale)[0])
+        else:
+            v_data = teacher.predict(x_tau, tau)
+            way = tau * (v_data - v_samples.detach()) / (x_0 - (x_tau - tau * v_data)).abs().mean()
+            expected.append(way.square().mean())
+            # Down the gradient a sample moves along the data's velocity at tau less the samples': to the data.
+            gradients.append(torch.autograd.grad((2 * way * end).mean(), student.scale)[0])
+    student.modes.clear(), teacher.modes.clear()
+    loss, _ = objective.loss(nets, data, noise, 0.0, draw)
+    assert student.training and not any(student.modes + teacher.modes)  # without dropout, as samples are
+    torch.testing.assert_close(loss, torch.stack(expected), rtol=1e-4, atol=1e-4)
+    for one, gradient in zip(loss, gradients, strict=True):
+        found = torch.autograd.grad(one, student.scale, retain_graph=True)[0]
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-4)
+    student.modes.clear()
+    loss, _ = objective.critic_loss(nets, data, noise, 0.0, draw)
+    assert not any(student.modes)
+    torch.testing.assert_close(loss, torch.stack(critics), rtol=1e-4, atol=1e-4)
+
+
+def test_held_jumps_are_all_but_the_last():
+    torch.manual_seed(0)
+    draw = make_objective("distribution_matching/hold=0.5", CustomScheduler(16)).draw((4000, 1))
+    nfe, position, hold = draw["nfe"], draw["position"], draw["hold"]
+    held = Counter(zip(nfe[hold].tolist(), position[hold].tolist(), strict=True))
+    assert set(held) == {(2, 0), (4, 0), (4, 1), (4, 2)} and min(held.values()) > 400
+    assert torch.equal(position[~hold], nfe[~hold] - 1)
+
+
+@pytest.mark.parametrize("name", ["distribution_matching", "adversarial/critic=conv", "adversarial/warped=0.25"])
+def test_a_critics_loss_leaves_the_student_alone(name, randomised):
+    model = randomised(create_custom_model(objective=name, unet="small", image_size=32))
+    nets, (data, noise) = nets_of(model), batch(4)
+    draw = model.objective.draw(data.shape)
+    model.objective.critic_loss(nets, data, noise, 0.3, draw)[0].mean().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_alpha_flow_goes_from_the_velocity_to_a_small_ratio():
     scheduler = create_custom_model(unet="small").scheduler
     t = torch.ones(3)
@@ -621,6 +899,52 @@ def test_augmentation_is_differentiable_and_treats_pixels_alike():
     assert (shifted[..., :2] == 0).all()
     augment(x, torch.rand(5, 6)).sum().backward()
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
+
+
+def test_each_augmentation_does_what_it_says():
+    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    neutral = torch.tensor([0.9, 0.5, 0.5, 0.5, 0.5, 0.5])
+
+    def changed(place, value):
+        draw = neutral.clone()
+        draw[place] = value
+        return augment(x, draw[None])
+
+    torch.testing.assert_close(changed(0, 0.1), x.flip(-1))  # faces look left or right, not down
+    down = changed(2, 0.99)
+    torch.testing.assert_close(down[..., 2:, :], x[..., :-2, :])
+    assert (down[..., :2, :] == 0).all()
+    mean = x.mean()
+    torch.testing.assert_close(changed(3, 0.0), mean + 0.5 * (x - mean))
+    torch.testing.assert_close(changed(4, 0.0), x.mean(1, keepdim=True).expand_as(x))
+    torch.testing.assert_close(changed(5, 0.75), x + 0.25)
+
+
+@torch.no_grad()
+def test_a_critic_sees_both_images_augmented_alike_and_slopes_in_float32(randomised):
+    model = randomised(create_custom_model(objective="adversarial/critic=conv", unet="small", image_size=32))
+    nets, (data, noise) = nets_of(model), batch(4)
+    draw, seen, kinds = model.objective.draw(data.shape), [], []
+    fake = sample_through(model, noise, draw["nfe"], draw["position"])[0]
+    nets.critic.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    nets.critic.head.register_forward_hook(lambda _, inputs, output: kinds.append(output.dtype))
+    model.objective.critic_loss(nets, data, noise, 0.3, draw)
+    expected = torch.cat([augment(image, draw["augmentation"]) for image in (data, fake)])
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-4)
+    kinds.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        model.objective.critic_loss(nets, data, noise, 0.3, draw)
+    assert kinds == [torch.bfloat16, torch.float32]  # small differences would be rounded away
+
+
+def test_an_encoder_critic_has_no_dropout(randomised):
+    model = randomised(create_custom_model(objective="adversarial", unet="small", image_size=32)).train()
+    critic = model.objective.make_critic(model, (3, 32, 32)).train()  # as the engine makes it
+    x, nfe = batch(2)[0], torch.tensor([1, 4])
+    asked = []
+    critic.network.time_embedding.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].tolist()))
+    assert torch.equal(critic(x, nfe)[0], critic(x, nfe)[0])
+    assert asked == [[0, 0], [0, 0]]  # at the time of images without noise
 
 
 def test_a_critics_gradient_does_not_depend_on_how_threads_race():

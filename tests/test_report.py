@@ -23,7 +23,7 @@ from src.evaluation.failures import copies, failure_rates, nearest, saturation, 
 from src.evaluation.features import load_features
 from src.evaluation.intervals import at_infinity, mean_interval
 from src.evaluation.report import Model, flattened
-from src.evaluation.scoring import Data
+from src.evaluation.scoring import Data, evenly
 from src.evaluation.speed import seconds
 from src.utils import UserError, has_bf16, load_model, save_model, tensor_to_pil_image, write_json
 
@@ -105,6 +105,27 @@ def test_failures_are_found_where_they_are():
     grey = np.full_like(data, 128)
     assert variety(np.where(data < 128, grey - 10, grey + 10), np.where(data < 128, grey - 40, grey + 40)) == 0.25
     assert sharpness(broken[:1]) == 0 and saturation(broken[10:11]) == 1
+
+
+def test_few_samples_are_compared_with_as_few_images():
+    """Nearest neighbours are the farther apart the fewer there are."""
+    data, found = np.random.default_rng(0).integers(20, 235, (400, 8, 8, 3), np.uint8), features(400, 4)
+    apart = np.linalg.norm(found[:40, None].astype(np.float64) - found[:40], axis=-1) + np.diag([np.inf] * 40)
+    twins = found[:40].copy()
+    twins[20:] = twins[:20] + 0.45 * np.quantile(apart.min(1), 0.01)  # as much in each of four dimensions
+    assert failure_rates(data[:40], twins, data, found)["near-duplicates"] == 1
+    fresh = features(40, 4, seed=1, shift=0.5)
+    away = np.linalg.norm(fresh[:, None].astype(np.float64) - found[:40], axis=-1).min(1)
+    expected = (away > np.quantile(apart.min(1), 0.99)).mean()
+    assert expected > 0 and failure_rates(data[:40], fresh, data, found)["far from data"] == expected
+
+
+def test_grain_is_told_from_the_datas_detail():
+    rng = np.random.default_rng(0)
+    data, found = rng.integers(100, 155, (200, 8, 8, 3), np.uint8), features(200)
+    grain = data[:100].copy()
+    grain[:25] = rng.integers(80, 175, (25, 8, 8, 3), np.uint8)
+    assert failure_rates(grain, found[:100], data, found)["noisy"] == pytest.approx(0.25, abs=0.02)
 
 
 def test_copies_of_training_images_are_found():
@@ -191,15 +212,64 @@ def test_models_that_differ_in_filters_alone_share_their_samples(runs, tiny_netw
     assert np.array_equal(models[0].pixels(1, 0), models[1].pixels(1, 0))  # not filtered at this NFE
     save_model(models[0].net, runs / "asked/final_model.pt", {**settings, "asking": {"2": 0.75}})
     assert Model(runs / "asked/final_model.pt", features, device, 16).key != models[0].key  # other jumps
+    with monkeypatch.context() as edited:  # samples of older code are another model's
+        edited.setattr("src.evaluation.report.inspect.getsource", lambda part: "x = 0.5 * x")
+        assert Model(plain, features, device, 16).key != models[0].key
     before = models[1].embedded(2, 0)
     monkeypatch.setattr("custom_model.SMOOTHED", 1)  # a filter of another form, and of the same strength
-    assert not np.array_equal(models[1].embedded(2, 0), before)
+    assert np.array_equal(models[1].embedded(2, 0), before)  # filtered once
+    assert not np.array_equal(Model(runs / "smooth/final_model.pt", features, device, 16).embedded(2, 0), before)
 
     for here in (False, True):  # where the chip has no bfloat16, it would take many times as long as float32
         monkeypatch.setattr("src.evaluation.report.has_bf16", lambda device, here=here: here)
         low = Model(plain, features, device, 16, bf16=True)
         apart = np.abs(low.pixels(2, 0).astype(int) - models[0].pixels(2, 0))
         assert (0 < apart.mean() < 2) == here  # other roundings, the same images
+
+
+def test_each_sampling_seed_has_noise_of_its_own(runs, tiny_network):
+    device = torch.device("cpu")
+    model = Model("run1/final_model.pt", load_features(tiny_network, device), device, 16)
+    noise = [torch.Generator().manual_seed(2_000_000 + i) for i in range(16)]
+    expected = np.stack(
+        [np.asarray(one) for one in tensor_to_pil_image(model.net.sample((16, 3, 32, 32), 1, generator=noise))]
+    )
+    assert np.abs(model.pixels(1, 2).astype(int) - expected).max() <= 1  # other batches, other roundings
+
+
+def test_reports_and_comparisons_score_against_the_right_images(runs, faces, tiny_network, monkeypatch):
+    """Every number made anew of samples, training and validation images."""
+    picture = np.zeros((32, 32, 3), np.uint8)
+    shown = SimpleNamespace(samples={1: [picture]}, farthest=[[picture]])
+    monkeypatch.setattr("src.evaluation.report.NFES", (1,))
+    monkeypatch.setattr("src.evaluation.report.figures", lambda *_: shown)
+    monkeypatch.setattr("src.evaluation.report.write_page", lambda *_: None)
+    flags = ["--data_root", str(faces), "--split_dir", str(faces), "--features", str(tiny_network), "--samples", "16"]
+    flags += ["--seeds", "2", "--out", "out", "--device", "cpu"]
+    for command in (["report", "--checkpoint", "run1/final_model.pt", "--sweep", "1"],
+                    ["compare", "run2", "run1", "--nfe", "1"]):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["src.evaluation", *command, *flags])
+        main()
+    reported, compared = (json.loads(Path(f"out/{name}.json").read_text()) for name in ("report", "comparison"))
+
+    device = torch.device("cpu")
+    network = load_features(tiny_network, device)
+    model = Model("run1/final_model.pt", network, device, 16)
+    train, val = (Data(str(faces), str(faces), split, 32, network, device) for split in ("train", "val"))
+    floor = frechet_distance(train.features[evenly(24, 16)], val.features)
+    assert reported["floor"]["frechet"] == pytest.approx(floor) and compared["floor"] == pytest.approx(floor)
+    seen_pixels, seen = train.either_way()
+    found, pixels, embedded = reported["nfe"]["1"], model.pixels(1, 0), model.embedded(1, 0)
+    distances = [frechet_distance(model.embedded(1, seed), val.features) for seed in (0, 1)]
+    kernel, error = kernel_distance(embedded, val.features)
+    scored = {"frechet": distances[0], "kernel": kernel, "kernel_error": error}
+    assert found["seeds"][0] == pytest.approx(scored | manifold_scores(val.features, embedded))
+    assert found["failures"] == pytest.approx(failure_rates(pixels, embedded, val.pixels, val.features))
+    assert found["variety"] == pytest.approx(variety(pixels, val.pixels))
+    assert found["memory"]["features"] == pytest.approx(copies(embedded, seen, val.features))
+    of_pixels = copies(*map(flattened, (pixels, seen_pixels, val.pixels)))
+    assert found["memory"]["pixels"] == pytest.approx(of_pixels)
+    assert compared["nfe"]["1"]["run1"]["distance"] == pytest.approx(mean_interval(distances))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page's look is not tested")

@@ -18,10 +18,12 @@ import torch
 from toy import MLP, one_stage
 
 from custom_model import CustomGenerativeModel, CustomScheduler, create_custom_model
-from src.training.__main__ import mix, rebuild
+from src.training.checkpoints import clear_leftovers
 from src.training.data import load_images
-from src.training.ema import PowerEMA, gamma_of
-from src.training.engine import Recipe, Training, train
+from src.training.ema import PowerEMA, gamma_of, mix, rebuild
+from src.training.engine import Training
+from src.training.loop import train
+from src.training.recipe import Recipe
 from src.utils import UserError, load_model, quantised, read_checkpoint, save_model
 
 STEPS = 60
@@ -34,7 +36,7 @@ def run(faces: str, save_dir: str, steps: int = STEPS) -> None:
     images, key = load_images(faces, faces, 32)
     model = create_custom_model(objective="shortcut", unet="small", image_size=32)
     recipe = Recipe(batch_size=2, num_iterations=steps, lr=1e-3, warmup=2, log_interval=1, save_interval=5)
-    with patch.multiple("src.training.engine", save_previews=DEFAULT, plot_curves=DEFAULT):  # most of a save's time
+    with patch.multiple("src.training.loop", save_previews=DEFAULT, plot_curves=DEFAULT):  # most of a save's time
         train(model, {}, images, key, recipe, one_stage(model, steps, "shortcut"), Path(save_dir), {})
 
 
@@ -47,7 +49,7 @@ def tensors(tree) -> list[torch.Tensor]:
 def test_runs_killed_twenty_times_end_bitwise_equal_to_one_never_killed(faces, workdir, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # or the server finds nothing to preload, in silence
     context = multiprocessing.get_context("forkserver")  # a fresh process each time, without the import's seconds
-    context.set_forkserver_preload(["src.training.engine", "custom_model", "test_resume"])
+    context.set_forkserver_preload(["src.training.loop", "custom_model", "test_resume"])
     metrics = workdir / "killed/metrics.jsonl"
 
     def start(folder):
@@ -153,10 +155,11 @@ def test_leftovers_of_killed_saves_are_cleared_and_a_whole_next_checkpoint_is_us
     (workdir / "run/last.ckpt").rename(workdir / "run/next.ckpt")  # killed between two renames
     leftover = workdir / "run/.next.ckpt.123.tmp"
     leftover.write_bytes(b"half")
-    others = workdir / "run/samples/.nfe=1.123.tmp", workdir / "run/report/.report.json.123.tmp"
-    others[0].mkdir(parents=True)  # a killed sampling.py's
-    others[1].parent.mkdir()
-    others[1].write_text("of a command that may be writing it now")
+    drawn = [workdir / f"run/{folder}.nfe=1.123.tmp" for folder in ("", "samples/")]  # a killed sampling.py's
+    others = [*drawn, workdir / "run/report/.report.json.123.tmp"]
+    for folder in (*drawn, others[-1].parent):
+        folder.mkdir(parents=True)
+    others[-1].write_text("of a command that may be writing it now")
     record = json.loads((workdir / "run/run.json").read_text())
     record["sessions"][0]["environment"]["commit"] = "another"
     (workdir / "run/run.json").write_text(json.dumps(record))
@@ -230,6 +233,27 @@ def test_any_length_is_rebuilt_from_the_kept_averages(tmp_path):
             rebuild(tmp_path, sigma_rel, step)
 
 
+def test_an_average_is_rebuilt_of_its_own_stage_alone(tmp_path):
+    (tmp_path / "averages").mkdir()
+    for step in range(100, 1700, 100):
+        stage, age = (0, step) if step <= 800 else (1, step - 800)
+        averages = {sigma: {"weight": torch.full((1,), [1000.0, 1.0][stage]).half()} for sigma in ("0.05", "0.1")}
+        kept = {"stage": stage, "age": age, "model_config": {"stage": stage}, "averages": averages}
+        torch.save(kept, tmp_path / f"averages/{step}.pt")
+    for step, stage, weight in ((None, 1, 1), (1200, 1, 1), (800, 0, 1000)):
+        _, origin, rebuilt = rebuild(tmp_path, 0.07, step)
+        assert rebuilt["weight"].item() == pytest.approx(weight) and origin["model_config"] == {"stage": stage}
+
+
+def test_half_written_averages_are_cleared(tmp_path):
+    (tmp_path / "averages").mkdir()
+    for name in (".last.ckpt.1.tmp", "averages/.10.pt.1.tmp", "averages/10.pt", "last.ckpt"):
+        (tmp_path / name).touch()
+    clear_leftovers(tmp_path)
+    held = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert held == ["averages/10.pt", "last.ckpt"]
+
+
 def test_a_mixture_lies_between_a_model_and_its_start(workdir, randomised, script_env):
     config = {"unet": "small", "image_size": 32, "objective": "adversarial", "smoothing": {"1": 0.1}}
     flow, critic = ({"objective": name, "steps": 9, "citations": []} for name in ("rectified_flow", "adversarial"))
@@ -241,7 +265,7 @@ def test_a_mixture_lies_between_a_model_and_its_start(workdir, randomised, scrip
     result = subprocess.run([*command, "--share", "0.25"], cwd=workdir, env=script_env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     mixed = load_model("mixed/final_model.pt", create_custom_model)
-    assert mixed.scheduler.smoothing == {1: 0.1}
+    assert not mixed.scheduler.smoothing and "its sampler are left out" in result.stdout  # it was for other weights
     for name, value in mixed.state_dict().items():
         start, end = (model.state_dict()[name] for model in models)
         assert (value - (0.75 * end + 0.25 * start)).abs().max() <= 0.25 * start.abs().max() / 127, name  # 8 bits

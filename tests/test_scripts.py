@@ -179,6 +179,13 @@ def test_bare_and_half_precision_state_dicts_load(checkpoint, workdir):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_a_config_that_is_named_is_taken_as_it_is(checkpoint, workdir):
+    write_json("other.json", {**CONFIG, "objective": "rectified_flow", "use_additional_condition": True})
+    for config_path, kind in ((None, "Shortcut"), ("other.json", "RectifiedFlow")):
+        model = load_model(checkpoint, create_custom_model, "cpu", config_path)
+        assert type(model.objective).__name__ == kind
+
+
 def test_sigterm_ends_a_script_and_what_it_runs(workdir, script_env):
     (workdir / "inner.py").write_text(
         "import pathlib, time\n"
@@ -188,7 +195,8 @@ def test_sigterm_ends_a_script_and_what_it_runs(workdir, script_env):
     )
     (workdir / "outer.py").write_text(
         "import sys\n"
-        "from src.utils import one_line_errors, run_to_the_end\n"
+        "from src.evaluation.launch import run_to_the_end\n"
+        "from src.utils import one_line_errors\n"
         "with one_line_errors():\n"
         "    run_to_the_end([sys.executable, 'inner.py'])\n"
     )

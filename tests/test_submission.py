@@ -13,7 +13,7 @@ import torch
 from custom_model import create_custom_model
 from src.submission import base_code
 from src.training.export import export
-from src.utils import UserError, load_model, quantised, restore_quantised, save_model, write_json
+from src.utils import UserError, load_model, quantised, read_checkpoint, restore_quantised, save_model, write_json
 
 CHECKPOINTS = Path(base_code.__file__).resolve().parents[2] / "checkpoints"
 
@@ -104,6 +104,17 @@ def test_export_takes_the_best_model_and_nothing_else(finished_run, workdir, dty
     sizes = {"float32": 1, "float16": 0.5, "int8": 0.25}
     ratio = (workdir / "checkpoints/best_model.pt").stat().st_size / (workdir / "run/final_model.pt").stat().st_size
     assert ratio == pytest.approx(sizes[dtype], abs=0.02)
+
+
+def test_export_tells_of_steps_that_were_never_scored(finished_run, capsys):
+    """A run that went on without --eval_interval: its best model is the best of an early part."""
+    rows = [{"step": step, "loss": 1.0} | ({"ratio": 2.0} if step < 2 else {}) for step in (0, 1, 2)]
+    (finished_run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step, told in ((1, ""), (2, "went on for 1 steps after its last score: --checkpoint final_model.pt takes its")):
+        path = finished_run / "final_model.pt"
+        torch.save({**read_checkpoint(path), "provenance": {"step": step}}, path)
+        assert export(finished_run).name == "best_model.pt"
+        assert (told in capsys.readouterr().out) if told else not capsys.readouterr().out
 
 
 def test_eight_bits_are_within_a_step_and_their_sums_within_half_a_step():

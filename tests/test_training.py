@@ -2,6 +2,8 @@
 
 import copy
 import json
+import math
+import re
 import shutil
 import signal
 import subprocess
@@ -16,23 +18,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy import one_stage
+from toy import MLP, one_stage
 
 import train as train_py
-from custom_model import UNETS, create_custom_model
+from custom_model import UNETS, CustomGenerativeModel, CustomScheduler, create_custom_model
 from src.images import to_pixels
 from src.module import AttnBlock, ResBlock
 from src.objectives import make_objective, parse_stages
 from src.objectives.contract import Nets
-from src.training import engine, fusing
-from src.training.checkpoints import alone_in
+from src.training import engine, fusing, loop
+from src.training.checkpoints import alone_in, best_score
 from src.training.data import batch_indices, load_images, to_batch
 from src.training.distributed import World
 from src.training.ema import EMA, gamma_of
-from src.training.engine import Loss, Recipe, Training, accumulate_gradient, compiles, plan, train
+from src.training.engine import Loss, Training, accumulate_gradient, compiles
 from src.training.estimate import estimate
-from src.training.record import plot_curves
-from src.utils import UserError, has_bf16, load_model, save_model, tensor_to_pil_image
+from src.training.loop import train
+from src.training.recipe import Recipe, Teacher, plan
+from src.training.record import RunRecord, early_preview, environment, plot_curves
+from src.utils import UserError, has_bf16, load_model, save_model, tensor_to_pil_image, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--unet", "small", "--image_size", "32", "--device", "cpu", "--batch_size", "8", "--warmup", "2"]
@@ -305,8 +309,10 @@ def test_slices_fit_the_micro_batch_and_are_equal():
     make = partial(make_objective, scheduler=create_custom_model(unet="small").scheduler)
     stages = plan([("rectified_flow", 0.5), ("adversarial/matching=1", 0.5)], make, 2)
     assert recipe.slices(1000, World(), stages) == 6  # of 16
-    with pytest.raises(UserError, match="matching=1 wants 16 images at once or more, not 12: raise --micro_batch"):
+    with pytest.raises(UserError, match="matching=1 wants 16 images at once or more, not 12: raise --batch_size or"):
         recipe.slices(1000, World(size=8), stages)
+    with pytest.raises(UserError, match="not 12: raise --micro_batch$"):
+        Recipe(batch_size=96, micro_batch=12).slices(1000, World(), stages)
 
 
 def test_memory_estimate_counts_what_autograd_keeps():
@@ -320,12 +326,40 @@ def test_memory_estimate_counts_what_autograd_keeps():
     assert needs[1]["activations_gb"] == pytest.approx(2 * needs[0]["activations_gb"], rel=0.2, abs=0.02)
 
 
+def test_an_estimate_counts_all_steps_images_and_pairs(monkeypatch):
+    monkeypatch.setattr("src.training.estimate._seconds", lambda device, work: 1.0)
+    model = create_custom_model(unet="small", image_size=32, objective="rectified_flow")
+    images = np.zeros((8, 3, 32, 32), np.uint8)
+    names = [("rectified_flow", 0.5), ("reflow/pairs=460800/solver_steps=2", 0.5)]
+    stages = plan(names, lambda name: make_objective(name, model.scheduler), 36_000)
+    # Steps of 8 images take a second here, so do 64 pairs with one call; the two processes share both.
+    found = estimate(model, images, Recipe(batch_size=8, num_iterations=36_000), stages, World(size=2))
+    assert found["hours"] == pytest.approx((36_000 + 2 * 7200) / 2 / 3600)
+    assert found["images_per_second"] == pytest.approx(36_000 * 8 / (found["hours"] * 3600), rel=1e-3)
+
+
 def test_presets_are_recipes_and_document_themselves():
     known = {field.name for field in fields(Recipe)}
     for values in train_py.PRESETS.values():
         recipe = {name: value for name, value in values.items() if name != "stages"}
         assert set(recipe) <= known and Recipe(**recipe)
         assert len(parse_stages(values["stages"])) > 1
+    readme, make = (ROOT / "README.md").read_text(), partial(make_objective, scheduler=CustomScheduler())
+    launches = re.findall(r"torchrun (.*?)--nproc_per_node=(\d+).*?--preset (\S+)", readme, re.DOTALL)
+    assert len(launches) == 2
+    for flags, each, preset in launches:
+        machines = int(re.search(r"--nnodes=(\d+)|$", flags)[1] or 1)
+        values = dict(train_py.PRESETS[preset])
+        stages = plan(parse_stages(values.pop("stages")), make, values["num_iterations"])
+        Recipe(**values).slices(8877, World(size=machines * int(each)), stages)  # refuses what cannot run
+
+
+def test_help_tells_the_presets_values(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--preset", "quick", "--help"])
+    with pytest.raises(SystemExit):
+        train_py.parse_arguments()
+    told, steps = " ".join(capsys.readouterr().out.split()), train_py.PRESETS["quick"]["num_iterations"]
+    assert f"--num_iterations NUM_ITERATIONS steps of the optimizer, in all stages (default: {steps})" in told
 
 
 def test_learning_rate_rises_rests_and_falls():
@@ -471,8 +505,8 @@ def test_a_score_that_fails_loses_no_training(small_run, workdir):
 
 
 def test_speed_is_trainings_alone(small_run, monkeypatch):
-    monkeypatch.setattr("src.training.engine.early_preview", lambda step: step == 1)
-    monkeypatch.setattr("src.training.engine.save_previews", lambda *_: time.sleep(4))
+    monkeypatch.setattr("src.training.loop.early_preview", lambda step: step == 1)
+    monkeypatch.setattr("src.training.loop.save_previews", lambda *_: time.sleep(4))
     rows = (small_run(2, log_interval=2) / "metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["images_per_second"] > 4  # two steps of 8 images in much less than 4 s
 
@@ -536,6 +570,86 @@ def test_run_cut_short_between_its_last_step_and_its_export_is_finished_by_the_s
     (save_dir / "final_model.pt").unlink()
     small_run(2)
     assert (save_dir / "final_model.pt").exists()
+
+
+@pytest.fixture
+def tiny_run(workdir, monkeypatch):
+    """Train a network of points in the U-Net's place, without pictures: call with (steps, **what differs)."""
+    monkeypatch.setattr(loop, "save_previews", lambda *_: None)
+    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+
+    def run(steps, stages="rectified_flow:1", save_dir="run", data="data", teacher=None, evaluate=None, **recipe):
+        torch.manual_seed(0)
+        model = CustomGenerativeModel(MLP(True, width=8), CustomScheduler(16), objective="rectified_flow")
+        images = np.random.default_rng(0).integers(0, 255, (16, 1, 1, 2), np.uint8)
+        recipe = Recipe(batch_size=8, num_iterations=steps, **recipe)
+        planned = plan(parse_stages(stages), partial(make_objective, scheduler=model.scheduler), steps)
+        train(model, {}, images, data, recipe, planned, workdir / save_dir, {}, evaluate=evaluate, teacher=teacher)
+        return workdir / save_dir
+
+    return run
+
+
+def test_a_best_model_that_could_not_be_written_is_scored_and_written_again(tiny_run, monkeypatch):
+    def full(model, path, *rest, **kept):
+        if Path(path).name == "best_model.pt":
+            raise UserError("is the disk full?")
+        save_model(model, path, *rest, **kept)
+
+    with monkeypatch.context() as disk, pytest.raises(UserError, match="full"):
+        disk.setattr(loop, "save_model", full)
+        tiny_run(2, evaluate=lambda model: {"ratio": 1.0}, eval_interval=2)
+    assert (tiny_run(2, evaluate=lambda model: {"ratio": 1.0}, eval_interval=2) / "best_model.pt").exists()
+
+
+def test_a_row_is_the_mean_of_its_interval(tiny_run):
+    each, both = (
+        [json.loads(x) for x in (tiny_run(2, save_dir=name, log_interval=every) / "metrics.jsonl").open()]
+        for name, every in (("each", 1), ("both", 2))
+    )
+    assert each[0]["loss"] != each[1]["loss"]
+    assert both[0]["loss"] == pytest.approx((each[0]["loss"] + each[1]["loss"]) / 2)
+    assert [row["images"] for row in (*each, *both)] == [8, 16, 16]
+
+
+def test_a_record_tells_rates_and_the_time_of_all_processes(tiny_run):
+    path = tiny_run(1, "rectified_flow/rate=0.5:1", lr=1e-3) / "run.json"
+    record = json.loads(path.read_text())
+    assert [stage["lr"] for stage in record["stages"]] == [0.5e-3]
+    record["sessions"][0] |= {"processes": 2, "seconds": 1800.0}
+    write_json(path, record)
+    resumed = RunRecord(path, 1, environment(torch.device("cpu")), 4, {})
+    resumed.began -= 3600
+    resumed.write(3, 8, {})
+    record = json.loads(path.read_text())
+    assert record["device_hours"] == pytest.approx(1 + 4, rel=1e-3) and record["images_seen"] == 24
+
+
+def test_a_run_goes_on_with_its_own_data_teacher_and_length_alone(tiny_run):
+    annealed = partial(tiny_run, stages="alpha_flow/anneal=12:1")
+    annealed(1)
+    for change, told in (
+        ({"data": "other"}, "data was 'data' and is now 'other'"),
+        ({"teacher": Teacher("weights", [])}, "teacher was None and is now 'weights'"),
+        ({"steps": 2}, "stages was "),  # its loss would have been another
+    ):
+        with pytest.raises(UserError, match=told):
+            annealed(**{"steps": 1, **change})
+
+
+def test_a_stages_last_model_is_kept(tiny_run):
+    """It may be what another run starts from."""
+    kept = tiny_run(5, "rectified_flow:0.4,shortcut:0.6").glob("*.pt")
+    assert sorted(path.name for path in kept) == ["checkpoint_iter_2.pt", "checkpoint_iter_5.pt", "final_model.pt"]
+
+
+def test_early_previews_double_their_distance():
+    assert [step for step in range(2000) if early_preview(step)] == [100, 200, 400, 800, 1600]
+
+
+def test_a_ratio_of_another_scorer_is_no_best(workdir):
+    save_model(torch.nn.Linear(1, 1), "best_model.pt", {}, provenance={"ratio": 0.5, "scorer": "other"})
+    assert best_score(workdir, "other") == 0.5 and best_score(workdir, "this") == math.inf
 
 
 def test_learning_rate_warms_up_and_the_gradient_is_clipped(small_run, monkeypatch):

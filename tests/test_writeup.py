@@ -11,10 +11,8 @@ import torch
 from PIL import Image
 from pypdf import PdfReader
 
-from custom_model import create_custom_model
-from src.evaluation.sampler import SETTINGS, save_chosen
+from src.evaluation.sampler import save_chosen
 from src.submission.writeup import judge, letters
-from src.utils import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN_FIGURE = 'failures = [#image("mine.png", width: 9pt)]'
@@ -36,14 +34,7 @@ def trained(tmp_path_factory, faces) -> Path:
     mixture = f"mix {folder}/run/final_model.pt {folder}/run/checkpoint_iter_2.pt --share 0.25 --out {folder}/mixed"
     run_script(folder, "-m", "src.training", *mixture.split())
     final = folder / "mixed/final_model.pt"  # after four steps noise, for which a search would find no strength
-    save_chosen(
-        load_model(final, create_custom_model),
-        final,
-        folder / "run/smooth",
-        SETTINGS["smoothing"][2],
-        asking={"2": 0.75},
-        smoothing={"2": 0.1},
-    )
+    save_chosen(final, folder / "run/smooth", asking={"2": 0.75}, smoothing={"2": 0.1})
     return folder
 
 

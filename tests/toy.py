@@ -9,7 +9,8 @@ import torch.nn as nn
 
 from custom_model import CustomGenerativeModel, CustomScheduler
 from src.objectives import make_objective, parse_stages
-from src.training.engine import Recipe, Stage, Training, plan
+from src.training.engine import Training
+from src.training.recipe import Recipe, Stage, plan
 
 
 class MLP(nn.Module):

@@ -186,45 +186,31 @@ def by_nfe(values: dict[str, float | list[float]]) -> str:
     return "; ".join(f"{str(value).strip('[]')} at NFE {nfe}" for nfe, value in values.items())
 
 
+def settings(record: dict) -> str:
+    """What a run's stages share."""
+    given = record["arguments"]
+    return f"AdamW, seed {given['seed']}, times {given['time_sampling'].replace('_', ' ')}"
+
+
 def in_words(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds / 60:.0f} minutes"
 
 
-def build(runs: list[Path], report: Path, target: Path) -> None:
-    """Write the PDF whole or not at all; Fault if it would be incomplete or more than two of its pages count."""
-    if target.is_dir():
-        raise Fault(f"--out {target} is a folder: name a file in it, as {target / 'writeup.pdf'}")
-    records = [read(run / "run.json", "name a folder that train.py wrote") for run in runs]
-    for run, record in zip(runs, records, strict=True):
-        told = "citations" in record and all({"lr", "batch_size"} <= set(stage) for stage in record["stages"])
-        if not told or isinstance(record["teacher"], str):
-            raise Fault(f"{run}/run.json is of an older version: run the same training command again, which renews it")
-    scored = read(report / "report.json", "python -m src.evaluation report --checkpoint checkpoints/best_model.pt "
-                  f"--out {report}")  # fmt: skip
-    if not trained_by(records[-1], scored.get("provenance", {})):
-        raise Fault(f"{report} is of another model than {runs[-1]} trained: write it again")
-    if "bf16" not in scored:
-        raise Fault(f"{report} is of an older version: write it again")
-    if scored["bf16"]:
-        raise Fault(f"{report} is of bfloat16 samples, and sampling.py draws float32 ones: write it without --bf16")
-    check_order(runs, records)
+def gathered(records: list[dict], scored: dict) -> dict:
+    """What template.typ shows beside the pictures; Fault if a work that is cited has no entry."""
     known = set(re.findall(r"@\w+\{([^,\s]+),", words(BIBLIOGRAPHY)))
-    last = records[-1]
     cited = scored["provenance"]["citations"]  # the training's, and what the sampler was given since
     check_keys([*cited, *scored["citations"]], known)
-    settings, model = last["arguments"], last["model_config"]
+    model = records[-1]["model_config"]
     sessions = [session for record in records for session in record["sessions"]]
-    for run, record in zip(runs, records, strict=True):
-        for commit in sorted({session["environment"]["commit"] for session in record["sessions"]}):
-            warn_of_other_code(run, commit)
     devices = dict.fromkeys(f"{session['processes']} x {session['environment']['chip']}" for session in sessions)
     full = model["unet"] == "full" and model["image_size"] == 64
     nfes = list(scored["nfe"])
-    data = {
+    return {
         "stages": stages(scored["provenance"]["stages"], words(HERE / "methods.typ"), known),
         "citations": cited,
         "sampler": {name: by_nfe(values) for name, values in scored["sampler"].items()},
-        "settings": f"AdamW, seed {settings['seed']}, times {settings['time_sampling'].replace('_', ' ')}"
+        "settings": ", then ".join(dict.fromkeys(map(settings, records)))
         + ("" if full else f", a {model['unet']} U-Net at {model['image_size']} px: an experiment, no submission"),
         "images": ", ".join(
             dict.fromkeys(f"{r['data']['images']:,} training images, hash {r['data']['hash']}" for r in records)
@@ -253,6 +239,30 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
             for nfe, found in scored["nfe"].items()
         ],
     }
+
+
+def build(runs: list[Path], report: Path, target: Path) -> None:
+    """Write the PDF whole or not at all; Fault if it would be incomplete or more than two of its pages count."""
+    if target.is_dir():
+        raise Fault(f"--out {target} is a folder: name a file in it, as {target / 'writeup.pdf'}")
+    records = [read(run / "run.json", "name a folder that train.py wrote") for run in runs]
+    for run, record in zip(runs, records, strict=True):
+        told = "citations" in record and all({"lr", "batch_size"} <= set(stage) for stage in record["stages"])
+        if not told or isinstance(record["teacher"], str):
+            raise Fault(f"{run}/run.json is of an older version: run the same training command again, which renews it")
+    scored = read(report / "report.json", "python -m src.evaluation report --checkpoint checkpoints/best_model.pt "
+                  f"--out {report}")  # fmt: skip
+    if not trained_by(records[-1], scored.get("provenance", {})):
+        raise Fault(f"{report} is of another model than {runs[-1]} trained: write it again")
+    if "bf16" not in scored:
+        raise Fault(f"{report} is of an older version: write it again")
+    if scored["bf16"]:
+        raise Fault(f"{report} is of bfloat16 samples, and sampling.py draws float32 ones: write it without --bf16")
+    check_order(runs, records)
+    for run, record in zip(runs, records, strict=True):
+        for commit in sorted({session["environment"]["commit"] for session in record["sessions"]}):
+            warn_of_other_code(run, commit)
+    data = gathered(records, scored)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         shutil.copytree(HERE, folder, dirs_exist_ok=True)  # the team's own figures too

@@ -1,13 +1,13 @@
 """python -m src.evaluation score | report | compare | ablate | speed | time_grid | smoothing | ... (--help)"""
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 
-from src.evaluation.compare import ablate, compare
+from src.evaluation.compare import OURS, ablate, compare
 from src.evaluation.distances import frechet_distance
 from src.evaluation.features import folder_features, load_features, official_inception
+from src.evaluation.launch import split_flags
 from src.evaluation.reference import image_files, write_reference
 from src.evaluation.report import SWEEP, report
 from src.evaluation.sampler import choose_grids, choose_strength
@@ -133,10 +133,9 @@ def main() -> None:
     parser.add_argument("--split", choices=("val", "train"), default="val")
     parser.add_argument("--size", type=int, default=64)
 
-    given = sys.argv[1:]
-    split = given.index("--") if "--" in given else len(given)
-    args = root.parse_args(given[:split])
-    args.base = given[split + 1 :]
+    ours, base = split_flags(OURS)
+    args = root.parse_args(ours)
+    args.base = base
     if args.base and args.run is not ablate:
         root.error(f"nothing of {' '.join(args.base)} is for this command")
     args.run(args)

@@ -13,15 +13,14 @@ from tqdm import tqdm
 from src.evaluation.distances import frechet_distance
 from src.evaluation.features import load_features, official_inception
 from src.evaluation.intervals import mean_interval
+from src.evaluation.launch import refuse_flags, run_to_the_end
 from src.evaluation.report import Data, Model, check_counts
 from src.images import split_paths
 from src.utils import (
     UserError,
     pick_device,
     read_checkpoint,
-    refuse_flags,
     replacing,
-    run_to_the_end,
     write_json,
 )
 
@@ -81,7 +80,6 @@ def ablate(args: argparse.Namespace) -> None:
             raise UserError(f"--change {change!r} is not of the form name:flag=value with a name of its own")
         changes[name] = [f"--{flag}", value]
         refuse_flags(changes[name], [*OURS, "image_size"], "in --change")  # of one size, to be compared
-    refuse_flags(args.base, OURS, "after --")
     data = ["--data_root", args.data_root, "--split_dir", args.split_dir, "--device", args.device]
     commands = {
         name: [sys.executable, "train.py", *data, *args.base, *flags, "--save_dir", str(Path(args.out) / name)]

@@ -1,17 +1,19 @@
 """Folders of images to compare: writing a split as one, and listing what clean-fid will count."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from cleanfid.utils import EXTENSIONS
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from src.utils import UserError, replacing_folder, tensor_to_pil_image
 
 
-def write_reference(dataset: Dataset, folder: str | os.PathLike) -> None:
+def write_reference(dataset: Sequence[Tensor] | Dataset, folder: str | os.PathLike) -> None:
     """Write the images of `dataset` (tensors in [-1, 1]) as `<index:04d>.png`, the whole folder or nothing."""
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):

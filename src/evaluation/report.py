@@ -1,6 +1,7 @@
 """A model's scores with their intervals, its memory of training images and its failures: report.json, report.html."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import custom_model
+import src.module
+import src.network
 from custom_model import create_custom_model
 from src.evaluation.distances import frechet_distance, kernel_distance, manifold_scores
 from src.evaluation.failures import copies, failure_rates, nearest, variety
@@ -65,9 +69,12 @@ class Model:
         for name in ("smoothing", "sharpening", "objective"):  # a checkpoint tells its own objective
             config.pop(name, None)
         digest = hashlib.sha256(json.dumps([config, self.bf16], sort_keys=True).encode())
-        digest.update(repr(self.net.objective).encode())  # it says what jumps are asked for
+        objective = self.net.objective  # it says what jumps are asked for
+        code = [inspect.getsource(part) for part in (custom_model, src.network, src.module, type(objective).asked)]
+        digest.update(repr([objective, *code]).encode())  # code that draws other samples
         digest.update(weights_hash(self.net).encode())
         self.key = digest.hexdigest()[:16]
+        self.filtered: dict[tuple[int, int], np.ndarray] = {}  # a tenth of a second an image and core
 
     def autocast(self) -> torch.autocast:
         """The precision to sample in."""
@@ -81,8 +88,11 @@ class Model:
             with unfiltered(scheduler), self.autocast():
                 return draw_samples(self.net, nfe, seed * 1_000_000, self.count).numpy()
 
-        samples = torch.from_numpy(cached_array(f"samples-{self.key}-{nfe}-{seed}-{self.count}", draw))
-        return np.concatenate([_images(scheduler.filtered(some, nfe)) for some in samples.split(64)])
+        if (nfe, seed) not in self.filtered:
+            samples = torch.from_numpy(cached_array(f"samples-{self.key}-{nfe}-{seed}-{self.count}", draw))
+            images = [_images(scheduler.filtered(some.to(self.device), nfe)) for some in samples.split(64)]
+            self.filtered[nfe, seed] = np.concatenate(images)
+        return self.filtered[nfe, seed]
 
     def embedded(self, nfe: int, seed: int) -> np.ndarray:
         """Features [count, D]."""

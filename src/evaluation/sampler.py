@@ -23,25 +23,23 @@ from src.utils import (
     read_checkpoint,
     read_config,
     refuse_others_folder,
-    save_model,
+    save_weights,
     tensor_to_pil_image,
+    weights_of,
 )
 
 REFERENCE_STEPS = 64  # Euler steps to the ends that few steps should reach as well
-# What a setting's strength is called, those to choose from, and keys of references.bib.
+# What a setting's strength is called, and those to choose from.
 SETTINGS = {
-    "asking": ("part", (0.25, 0.375, 0.5, 0.625, 0.75, 0.875), ()),
-    "smoothing": (
-        "sigma",
-        tuple(round(level / 127.5, 4) for level in (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 12)),  # 8-bit levels
-        ("buades2005nonlocal",),
-    ),
-    "sharpening": ("amount", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0), ("gonzalez2018digital",)),
+    "asking": ("part", (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)),
+    # 8-bit levels
+    "smoothing": ("sigma", tuple(round(v / 127.5, 4) for v in (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 12))),
+    "sharpening": ("amount", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)),
 }
 MOST_IMAGES = 1000  # of the training images, evenly spaced, to compare with
 
 
-def search_grid(model, nfe: int, count: int = 64, seed: int = 0) -> tuple[list[float], dict[str, float]]:
+def search_grid(model, nfe: int, count: int = 64, seed: int = CHOOSING_SEED) -> tuple[list[float], dict[str, float]]:
     """Times from 1 to 0 in `nfe` jumps whose samples end nearest to those of the model's ODE from the same noise
     (the paper's eq. 5).
 
@@ -58,7 +56,9 @@ def search_grid(model, nfe: int, count: int = 64, seed: int = 0) -> tuple[list[f
         raise UserError(f"times are searched from NFE 2 on, with 4 noise samples or more, got NFE {nfe} and {count}")
     if not model.objective.keeps_velocity:
         raise UserError(f"{type(model.objective).__name__} leaves no velocity to follow: search the model before it")
-    model, path = copy.deepcopy(model), copy.deepcopy(model)
+    model = copy.deepcopy(model)
+    model.scheduler.smoothing.clear(), model.scheduler.sharpening.clear()  # of few steps: the ODE's ends have none
+    path = copy.deepcopy(model)
     path.objective = make_objective("rectified_flow", path.scheduler)  # its samples follow the velocity
     half = count // 2
 
@@ -141,7 +141,7 @@ def choose_strength(
         features: a TorchScript network; None: the official one, of the FID.
     """
     refuse_others_folder(out, checkpoint.name, checkpoint)
-    strength, _, citations = SETTINGS[name]
+    strength = SETTINGS[name][0]
     least = 2 if name == "asking" else 1  # one jump goes all the way from t = 1
     if min(nfes) < least or count < 8:
         raise UserError(f"{name} takes NFEs of at least {least} and 8 samples or more, got NFE {min(nfes)} and {count}")
@@ -158,7 +158,11 @@ def choose_strength(
         chosen[str(nfe)] = best or None
         distances = f"{network.distance} to training images {found[best]:.4f}, without {found[0.0]:.4f}"
         print(f"NFE {nfe}: {strength} {best:g}, {distances}")
-    save_chosen(model, checkpoint, out, citations, **{name: chosen})
+    unset = {}
+    if name == "smoothing" and model.scheduler.sharpening.keys() & set(nfes):
+        unset = {"sharpening": dict.fromkeys(chosen)}
+        print("its sharpening is left out, which was for samples smoothed otherwise: search it anew")
+    save_chosen(checkpoint, out, **{name: chosen}, **unset)
 
 
 def choose_grids(checkpoint: Path, out: Path, nfes: list[int], count: int, seed: int, device: torch.device) -> None:
@@ -178,14 +182,13 @@ def choose_grids(checkpoint: Path, out: Path, nfes: list[int], count: int, seed:
         chosen[str(nfe)] = grid if better else None
         print(f"NFE {nfe}: {grid}, error {errors['found']:.5f}, uniform {errors['uniform']:.5f}"
               f"{'' if better else ': no gain on other noise, left uniform'}")  # fmt: skip
-    save_chosen(model, checkpoint, out, ("tong2025learning", "nelder1965simplex"), time_grids=chosen)
+    save_chosen(checkpoint, out, time_grids=chosen)
 
 
-def save_chosen(model, checkpoint: Path, out: Path, citations: tuple[str, ...], **settings: dict) -> None:
-    """Write a checkpoint's weights to `out`; in its config these settings by NFE go over its own, None unsets.
+def save_chosen(checkpoint: Path, out: Path, **settings: dict) -> None:
+    """Write a checkpoint's weights to `out`, as they are; in its config these settings by NFE go over its own.
 
-    Args:
-        citations: of the settings, if any NFE has one.
+    None unsets one. It cites what they build on, if any NFE has one.
     """
     saved = read_checkpoint(checkpoint)
     provenance = dict(saved.get("provenance", {}))
@@ -194,6 +197,7 @@ def save_chosen(model, checkpoint: Path, out: Path, citations: tuple[str, ...], 
         merged = {**(config.get(name) or {}), **chosen}
         config[name] = {nfe: value for nfe, value in merged.items() if value is not None}
     if any(config[name] for name in settings):
-        provenance["citations"] = list(dict.fromkeys([*provenance.get("citations", []), *citations]))
-    save_model(model, out / checkpoint.name, config, provenance=provenance)
+        cited = CustomScheduler(**{name: config[name] for name in settings}).citations
+        provenance["citations"] = list(dict.fromkeys([*provenance.get("citations", []), *cited]))
+    save_weights(weights_of(saved, checkpoint), out / checkpoint.name, config, provenance=provenance)
     print(f"written to {out}")

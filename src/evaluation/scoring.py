@@ -21,8 +21,10 @@ from src.utils import NFES, UserError, cached_array, tensor_to_pil_image
 CHOOSING_SEED = 500_000
 
 
-def image_features(images: Sequence[Image.Image], features: Features, device: torch.device, batch_size: int = 64):
-    """Features of RGB images, resized as clean-fid does, [N, D]."""
+def image_features(
+    images: Sequence[Image.Image] | np.ndarray, features: Features, device: torch.device, batch_size: int = 64
+) -> np.ndarray:
+    """Features of RGB images, or of uint8 [N, H, W, 3], resized as clean-fid does, [N, D]."""
     resize = build_resizer("clean")
     found = []
     with ThreadPoolExecutor(os.cpu_count()) as pool, torch.no_grad():

@@ -12,9 +12,9 @@ from src.objectives.critics import ConvCritic, EncoderCritic, augment, warp
 from src.objectives.rollout import in_turn, jump_times, sample_through, sampler_times
 from src.utils import UserError
 
-# NFE 1 in six of eight rows, for it has furthest to go, 2 and 4 in one; each jump of an NFE as often as its others.
-# Each eight rows in sequence have the same NFEs.
-DRAWN = [jump for i in range(4) for jump in ((1, 0), (2, i // 2), *[(1, 0)] * 3, (4, i), *[(1, 0)] * 2)]
+# Row by row, the NFE and which of its jumps the anchor holds. Six of eight rows have NFE 1, which has furthest to go,
+# one 2 and one 4, in the same sequence in each eight; each jump of an NFE comes as often as its others.
+DRAWN = [jump for i in range(4) for jump in ((1, 0), (2, i // 2), (1, 0), (1, 0), (1, 0), (4, i), (1, 0), (1, 0))]
 
 # Displacements that make lines wobble: their root mean square, as a share of the side, and the nodes a side of the
 # noise that they interpolate. Faces warped so are nearest to samples (benchmarks/LOG.md, "its lines wobble").
@@ -117,14 +117,14 @@ class Adversarial(Objective):
         with torch.no_grad(), eval_mode(nets.teacher):
             anchor = nets.teacher.velocity(x_t, t, s)
         real, fake = self._seen(data, fake, draw)
-        (d_real, seen_real), (d_fake, seen_fake) = nets.critic(real, nfe), nets.critic(fake, nfe)
+        (d_real, features_real), (d_fake, features_fake) = nets.critic(real, nfe), nets.critic(fake, nfe)
         adversarial = F.softplus(d_real - d_fake)
         held = squared_error(u, anchor)
         weight = self.anchor * (self.anchor_end / self.anchor) ** (progress * (t - s))
         logs = {"loss_adversarial": adversarial.detach(), "anchor": held.detach()}
         loss = adversarial / nfe.sqrt() + weight * held
         if self.matching:
-            gap = feature_gap(seen_real, seen_fake)
+            gap = feature_gap(features_real, features_fake)
             logs["feature_gap"] = gap.detach().expand(len(loss))
             loss = loss + self.matching * gap
         return loss, logs
@@ -163,13 +163,13 @@ class Adversarial(Objective):
 
 
 def feature_gap(real: Tensor, fake: Tensor) -> Tensor:
-    """How far the means of features [B, D] of real and generated images lie apart: squared, in units of each feature's
-    variance over the real ones, averaged over features.
+    """Squared distance of the mean features of real and generated images, in units of each feature's variance over the
+    real ones, averaged over features.
 
-    The square is the product of two halves' differences. So its expectation is that of the means themselves (where
-    features are Gaussian, but for 2 / (n (n - 1)) of n real images, which no sample changes); a square would have the
-    samples vary less. Rows change halves by eights, so that both halves have the same NFEs (`DRAWN`): halves of unlike
-    NFEs could be told to differ with opposite signs. Where nothing is left it is about as often negative as positive.
+    The differences of two halves of the batch are multiplied: the square of one would contain how much samples vary,
+    and be lowered by varying less. Rows go to the halves by eights, so that both have the same NFEs (`DRAWN`); unlike
+    halves could be told to differ with opposite signs. Once the means agree it is about as often negative as positive.
+    (Where features are Gaussian it is on average 2 / (n (n - 1)) above, for n real images: no sample changes that.)
 
     Args:
         real, fake: of 16 images or more; the halves are alike in full where their number is a multiple of eight.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from src.objectives.contract import Nets
-from src.objectives.regression import JumpRegression, adaptive
+from src.objectives.regression import JumpRegression, adaptive, dyadic
 from src.utils import UserError
 
 
@@ -53,11 +53,10 @@ class AlphaFlow(JumpRegression):
         return torch.full_like(t, max(self.alpha, falling))
 
     def jumps(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        inside = 2 ** torch.randint(3, (batch_size,))
-        position = 1 + (torch.rand(batch_size) * inside).floor()
+        t_grid, d_grid = dyadic(batch_size, 4)
         on_grid = torch.rand(batch_size) < self.grid
         t, r = torch.rand(2, batch_size).sort(dim=0, descending=True).values
-        return torch.where(on_grid, position / inside, t), torch.where(on_grid, 1 / inside, (t - r).clamp(min=1e-3))
+        return torch.where(on_grid, t_grid, t), torch.where(on_grid, d_grid, (t - r).clamp(min=1e-3))
 
     def target(self, nets: Nets, x_t: Tensor, t: Tensor, d: Tensor, v: Tensor, progress: float) -> Tensor:
         first = nets.ema.predict(x_t, t) if self.own else v

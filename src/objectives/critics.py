@@ -41,8 +41,8 @@ class ConvCritic(nn.Module):
             h = block(h)
             if i < self.halvings:
                 h = F.avg_pool2d(h, 2)
-        seen = F.leaky_relu(h, 0.2).flatten(1).float()
-        return _judged(seen, nfe, self.tail.weight), seen
+        features = F.leaky_relu(h, 0.2).flatten(1).float()
+        return _judged(features, nfe, self.tail.weight), features
 
 
 class _Block(nn.Module):
@@ -95,28 +95,28 @@ class EncoderCritic(nn.Module):
         temb = network.time_embedding(zero)
         if network.use_additional_condition:
             temb = network.condition_fusion(torch.cat([temb, network.condition_embedding(zero)], dim=-1))
-        h, features = network.head(x), []
+        h, levels = network.head(x), []
         for layer in network.downblocks:
             if isinstance(layer, DownSample):
-                features.append(h)
+                levels.append(h)
             h = layer(h, temb)
         for layer in network.middleblocks:
             h = layer(h, temb)
-        seen = torch.cat([_seen(head, f) for head, f in zip(self.heads, [*features, h], strict=True)], dim=1)
-        return _judged(seen, nfe, torch.cat([head[-1].weight.flatten(1) for head in self.heads], dim=1)), seen
+        features = torch.cat([_pooled(head, f) for head, f in zip(self.heads, [*levels, h], strict=True)], dim=1)
+        return _judged(features, nfe, torch.cat([head[-1].weight.flatten(1) for head in self.heads], dim=1)), features
 
 
-def _seen(head: nn.Sequential, h: Tensor) -> Tensor:
+def _pooled(head: nn.Sequential, h: Tensor) -> Tensor:
     """Means over the image of what enters a head's last layer, [B, channels]."""
     for layer in list(head)[:-1]:
         h = layer(h)
     return h.float().mean(dim=(2, 3))
 
 
-def _judged(seen: Tensor, nfe: Tensor, weight: Tensor) -> Tensor:
+def _judged(features: Tensor, nfe: Tensor, weight: Tensor) -> Tensor:
     """Features [B, D] weighed by the row of `weight` [3, D] that belongs to each one's NFE, [B]."""
     # No matrix product: autocast would round it. No index: its gradient's sum runs in the order threads come.
-    return (seen * F.embedding(_place(nfe), weight)).sum(1)
+    return (features * F.embedding(_place(nfe), weight)).sum(1)
 
 
 def _place(nfe: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src.objectives.contract import Nets, Objective, eval_mode, spread, squared_error
 from src.objectives.rollout import in_turn, jump_times, roll_out, sampler_times
-from src.utils import NFES
+from src.utils import NFES, expand_t
 
 
 @dataclass(eq=False)
@@ -93,12 +93,11 @@ class DistributionMatching(Objective):
 
     def _starts(self, student, data: Tensor, noise: Tensor, draw: dict[str, Tensor]):
         """States x_t and jumps (t, s), and which rows are held and which are moved."""
-        rows = [
+        held, moved = (
             which.nonzero().squeeze(1).to(data.device, non_blocking=True) for which in (draw["hold"], ~draw["hold"])
-        ]
-        held, moved = rows
+        )
         position = torch.where(draw["hold"], 0, draw["position"])
-        x_t, t, s = roll_out(student, noise, draw["nfe"], position)
+        x_t, *_ = roll_out(student, noise, draw["nfe"], position)
         times = sampler_times(self.scheduler, draw["nfe"])
         t, s = (time.to(data.device, non_blocking=True) for time in jump_times(times, draw["position"]))
         x_t[held] = self.scheduler.forward_process(data[held], noise[held], t[held])
@@ -110,8 +109,8 @@ class DistributionMatching(Objective):
             draw[name].to(x_0.device, non_blocking=True)[rows] for name in ("nfe", "tau", "tau_noise")
         )
         x_tau = self.scheduler.forward_process(x_0, tau_noise, tau)
-        tau = tau.reshape(-1, *[1] * (x_0.ndim - 1))
-        v_data = nets.teacher.predict(x_tau, tau.flatten())
-        v_samples = nets.critic.predict(x_tau, tau.flatten(), 1 / nfe if self.told else None)
+        v_data = nets.teacher.predict(x_tau, tau)
+        v_samples = nets.critic.predict(x_tau, tau, 1 / nfe if self.told else None)
+        tau = expand_t(tau, x_0)
         distance = (x_0 - (x_tau - tau * v_data)).abs().flatten(1).mean(1).clamp(min=1e-3)
-        return tau * (v_data - v_samples) / distance.reshape(tau.shape)
+        return tau * (v_data - v_samples) / expand_t(distance, x_0)

@@ -26,6 +26,7 @@ from src.utils import NFES, UserError, tensor_to_pil_image
 LIMIT = 256  # MiB: one float32 checkpoint of the network fits, two do not
 SOURCES = {".py", ".json"}  # what belongs in src/: weights come under many endings
 TOLERANCE = 0.01  # of a network call: what a sampler may compute beside the network
+OLDER = f"older than {TARGET} or the config beside it"
 COPY = 0.05  # root mean square of pixels in [0, 1]; the nearest pair of different faces here is 0.1 apart
 
 
@@ -228,22 +229,34 @@ def dull(drawn: list[list[np.ndarray]]) -> list[str]:
     return faults
 
 
+def pictures(paths: list[Path]) -> tuple[list[np.ndarray], list[str]]:
+    """Those of the files that are 64x64 RGB images, `flat`, and what is wrong with the others."""
+    drawn, faults = [], []
+    for path in paths:
+        name = f"{path.parent.name}/{path.name}"
+        try:
+            with Image.open(path) as image:
+                if image.size == (64, 64) and image.mode == "RGB":
+                    drawn.append(flat(image))
+                else:
+                    faults.append(f"{name} is {image.width}x{image.height} {image.mode}")
+        except (OSError, SyntaxError):  # what Pillow raises for broken files
+            faults.append(f"{name} cannot be read")
+    return drawn, faults
+
+
 def images(s: Submission) -> Iterator[Line]:
     if any(not (s.drawn / f"nfe={nfe}").is_dir() for nfe in s.nfes):
         yield failed("images", "there are none to look at, see above")
         return
     faults, drawn = [], []
     for nfe in s.nfes:
-        drawn.append([])
         paths = sorted((s.drawn / f"nfe={nfe}").glob("*.png"))
         if [path.name for path in paths] != [f"{i:04d}.png" for i in range(s.samples)]:
             faults.append(f"nfe={nfe} holds {len(paths)} images instead of {s.samples}")
-        for path in paths:
-            with Image.open(path) as image:
-                if image.size != (64, 64) or image.mode != "RGB":
-                    faults.append(f"{path.parent.name}/{path.name} is {image.width}x{image.height} {image.mode}")
-                    continue
-                drawn[-1].append(flat(image))
+        found, unfit = pictures(paths)
+        drawn.append(found)
+        faults += unfit
     if faults := faults or dull(drawn):
         yield failed("images", f"{'; '.join(faults[:3])}; they must be 64x64 RGB, each of its own noise")
         return
@@ -301,42 +314,41 @@ def training(s: Submission) -> Iterator[Line]:
         yield passed("train.py", "trains a step from scratch, on built-in faces, and leaves its checkpoints")
 
 
-def report(s: Submission) -> Iterator[Line]:
-    """The write-up and the samples of a final submission."""
+def dated(s: Submission) -> float:
+    """When what samples and write-up tell of was made: the checkpoint, and the config with its filters."""
+    return max((path.stat().st_mtime for path in (s.tree / TARGET, s.tree / CONFIG) if path.is_file()), default=0)
+
+
+def samples(s: Submission) -> Iterator[Line]:
+    """Those of a final submission."""
     if not s.subject.written:
         return
     samples = {f"samples/nfe={nfe}": sorted((s.tree / f"samples/nfe={nfe}").glob("*.png")) for nfe in NFES}
     short = [folder for folder, paths in samples.items() if len(paths) < 8]
-    # The config too: its filters change samples, and what a write-up tells of the sampler.
-    made = max((path.stat().st_mtime for path in (s.tree / TARGET, s.tree / CONFIG) if path.is_file()), default=0)
-    older = f"older than {TARGET} or the config beside it"
     if short:
         yield failed("samples", f"fewer than 8 images in {', '.join(short)}: python sampling.py")
-    elif min(path.stat().st_mtime for paths in samples.values() for path in paths) < made:
-        yield failed("samples", f"samples/ is {older}: python sampling.py")
+    elif min(path.stat().st_mtime for paths in samples.values() for path in paths) < dated(s):
+        yield failed("samples", f"samples/ is {OLDER}: python sampling.py")
     else:
-        faults, drawn = [], []
-        for paths in samples.values():
-            drawn.append([])
-            for path in paths:
-                try:
-                    with Image.open(path) as image:
-                        drawn[-1].append(flat(image))
-                        faults += [path.name] * (image.size != (64, 64) or image.mode != "RGB")
-                except (OSError, SyntaxError):  # what Pillow raises for broken files
-                    faults.append(path.name)
-        if faults:
-            yield failed("samples", f"{', '.join(faults[:3])} in samples/ no readable 64x64 RGB: python sampling.py")
+        drawn, unfit = zip(*map(pictures, samples.values()), strict=True)
+        if faults := [fault for some in unfit for fault in some]:
+            yield failed("samples", f"{'; '.join(faults[:3])}; they must be 64x64 RGB: python sampling.py")
         elif faults := dull(drawn):
             yield failed("samples", f"in samples/ {'; '.join(faults)}: python sampling.py")
         else:
             told = "none of one colour, no two of one NFE alike, not older than the checkpoint and its config"
             yield passed("samples", f"images of NFE 1, 2 and 4, 64x64 RGB, {told}")
+
+
+def written(s: Submission) -> Iterator[Line]:
+    """The write-up of a final submission."""
+    if not s.subject.written:
+        return
     if not (s.tree / WRITEUP).is_file():
         yield failed("write-up", "missing: python writeup/build.py RUN")
         return
-    if (s.tree / WRITEUP).stat().st_mtime < made:
-        yield failed("write-up", f"{older}: python writeup/build.py RUN, of a new report")
+    if (s.tree / WRITEUP).stat().st_mtime < dated(s):
+        yield failed("write-up", f"{OLDER}: python writeup/build.py RUN, of a new report")
     try:
         from src.submission import writeup  # reads PDFs and bibliographies, which no TA needs to
     except ModuleNotFoundError as error:
@@ -347,4 +359,4 @@ def report(s: Submission) -> Iterator[Line]:
         yield failed(name, fault) if fault else passed(name, told)
 
 
-CHECKS = (files, frozen, packages, imports, pretrained, size, model, images, evaluation, training, report)
+CHECKS = (files, frozen, packages, imports, pretrained, size, model, images, evaluation, training, samples, written)

@@ -60,7 +60,7 @@ def load_last(save_dir: Path, identity: dict, defaults: dict[str, dict]) -> dict
     Raises: UserError if all checkpoints are damaged or foreign, or belong to a run with other settings, or if the
         folder holds a model that no run wrote there.
     """
-    paths = [save_dir / name for name in (LAST, NEXT, PREVIOUS) if (save_dir / name).exists()]
+    paths = [save_dir / name for name in (NEXT, LAST, PREVIOUS) if (save_dir / name).exists()]
     faults = []
     for path in paths:
         try:
@@ -104,7 +104,8 @@ def _refuse_changes(path: Path, before: dict, now: dict, defaults: dict[str, dic
 def clear_leftovers(save_dir: Path) -> None:
     """Delete what a process that was killed while writing to a run's folder left, this training or `ema`."""
     for path in [*save_dir.glob(".*.tmp"), *save_dir.glob("averages/.*.tmp")]:
-        path.unlink()
+        if path.is_file():  # a killed sampling.py leaves a folder, which harms nothing
+            path.unlink()
 
 
 def best_score(save_dir: Path, scorer: str) -> float:

@@ -1,14 +1,19 @@
-"""Averages of the weights over training."""
+"""Averages of the weights over training, and mixtures of two models on one way."""
 
 import copy
 import math
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
+
+from src.utils import UserError, objective_of, read_checkpoint, read_config, restore_quantised, weights_of
+
+CHOSEN = ("time_grids", "asking", "smoothing", "sharpening")  # settings of the sampler for given weights
 
 
 class EMA:
@@ -28,8 +33,6 @@ class EMA:
         """Take in `model`'s weights, as the `updates`-th (from 1)."""
         decay = min(self.decay, power_decay(0.1, updates))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
-        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            average.copy_(buffer)
 
 
 class PowerEMA:
@@ -95,3 +98,85 @@ def _profile_products(t_a, gamma_a, t_b, gamma_b) -> np.ndarray:
     """Inner products of the averages' weight profiles over continuous time."""
     exponent = np.where(t_a < t_b, gamma_b, -gamma_a)
     return (gamma_a + 1) * (gamma_b + 1) * (t_a / t_b) ** exponent / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))
+
+
+def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict, dict[str, Tensor]]:
+    """The average of relative width `sigma_rel` at `step` (None: the last kept): step, origin, float32 weights.
+
+    The width is relative to the steps of the stage that the step belongs to; the origin is `model_config` and
+    `provenance`.
+
+    Raises: UserError if the run kept no averages, or the width is outside of what they can tell.
+    """
+    if not 0.01 <= sigma_rel <= 0.25:
+        raise UserError(f"--sigma_rel must lie between 0.01 and 0.25, got {sigma_rel}")
+    steps = sorted(int(path.stem) for path in (run / "averages").glob("*.pt"))
+    if step is None:
+        step = steps[-1] if steps else 0
+    steps = [kept for kept in steps if kept <= step]
+    if not steps or steps[-1] != step:
+        raise UserError(f"{run}/averages holds none of step {step}: its steps are {steps or 'none'}")
+    files: list[dict] = []
+    for one in reversed(steps):
+        file = read_checkpoint(run / f"averages/{one}.pt")
+        if files and file["stage"] != files[0]["stage"]:
+            break  # of the stage before
+        files.insert(0, file)
+    last = files[-1]
+    kept = [(file["age"], float(sigma), average) for file in files for sigma, average in file["averages"].items()]
+    weights, error = rebuilding_weights([(age, sigma) for age, sigma, _ in kept], last["age"], sigma_rel)
+    if error > 0.05:
+        raise UserError(
+            f"the averages kept at {steps} cannot tell the one of width {sigma_rel} at {step} (they miss it by "
+            f"{100 * error:.0f} %): save more often, or ask for a width between 0.05 and 0.1"
+        )
+    names = kept[0][2]
+    return (
+        step,
+        {"model_config": last["model_config"], "provenance": last.get("provenance", {})},  # older runs kept none
+        {
+            name: sum(float(w) * average[name].float() for w, (_, _, average) in zip(weights, kept, strict=True))
+            for name in names
+        },
+    )
+
+
+def mix(end: Path, start: Path, share: float) -> dict:
+    """The checkpoint `end` with the float32 weights (1 - share) end + share start (arXiv:2109.01903, section 3).
+
+    The last of its `stages` tells of it. Times, asking and filters, which were chosen for other weights, are left out.
+
+    Raises: UserError if the share is not between 0 and 1, `end` is a mixture itself or was not trained from `start`.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"--share must lie between 0 and 1, got {share}")
+    saved, other = read_checkpoint(end), read_checkpoint(start)
+    config = read_config(end.with_name("model_config.json"))
+    states = [weights_of(checkpoint, path) for checkpoint, path in ((saved, end), (other, start))]
+    for state in states:
+        restore_quantised(state)
+    shapes = [{name: value.shape for name, value in state.items()} for state in states]
+    provenance = saved.get("provenance", {})
+    stages, begun = (checkpoint.get("provenance", {}).get("stages", []) for checkpoint in (saved, other))
+    if shapes[0] != shapes[1] or not 0 < len(begun) < len(stages) or stages[: len(begun)] != begun:
+        raise UserError(
+            f"{end} was not trained from {start}: mix a model with the end of a stage that came before its last"
+        )
+    last = stages[-1]
+    if "mixed" in last:
+        raise UserError(f"{end} is a mixture already: name the model that it was made of")
+    return {
+        "state_dict": {name: value.float().lerp(states[1][name].float(), share) for name, value in states[0].items()},
+        "model_config": {key: value for key, value in config.items() if key not in CHOSEN} | objective_of(saved),
+        "provenance": {
+            **provenance,
+            "stages": [
+                *stages[:-1],
+                {
+                    **last,
+                    "citations": [*last["citations"], "wortsman2022robust"],
+                    "mixed": {"share": share, "stages": len(begun)},
+                },
+            ],
+        },
+    }

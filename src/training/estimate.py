@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from src.training.distributed import World
-from src.training.engine import Recipe, Stage, Training
+from src.training.engine import Training
 from src.training.pairs import CHUNK, solve
+from src.training.recipe import Recipe, Stage
 
 
 def estimate(model, images: np.ndarray, recipe: Recipe, stages: list[Stage], world: World) -> dict:
@@ -25,10 +26,8 @@ def estimate(model, images: np.ndarray, recipe: Recipe, stages: list[Stage], wor
     parameters = sum(p.numel() for p in model.parameters())
     weights_bytes = activation_bytes = seconds = 0.0
     for stage in stages:
-        objective = copy.copy(stage.objective)
-        objective.pairs = 0  # they are counted apart
         with torch.compiler.set_stance("force_eager"):
-            training = Training(copy.deepcopy(model), images, few, [Stage(stage.name, objective, stage.steps)])
+            training = rehearsal(model, images, few, stage)
             kept = _kept_by_autograd(training)
             seconds_a_step = _seconds(model.device, training.step)
             if stage.objective.pairs:
@@ -49,6 +48,13 @@ def estimate(model, images: np.ndarray, recipe: Recipe, stages: list[Stage], wor
         "images_per_second": round(recipe.num_iterations * recipe.batch_size / seconds, 2),
         "hours": round(seconds / 3600, 2),
     }
+
+
+def rehearsal(model, images: np.ndarray, recipe: Recipe, stage: Stage) -> Training:
+    """A stage by itself, on a copy of the model, without its pairs, which are counted apart."""
+    objective = copy.copy(stage.objective)
+    objective.pairs = 0
+    return Training(copy.deepcopy(model), images, recipe, [stage._replace(objective=objective)])
 
 
 def _kept_by_autograd(training: Training) -> int:

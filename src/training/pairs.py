@@ -4,9 +4,7 @@ import hashlib
 import json
 import math
 import shutil
-import signal
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from tqdm import tqdm
 
 from src.objectives.contract import Objective, eval_mode, heun_step
 from src.training.distributed import World
-from src.utils import CACHE, UserError, weights_hash, write_json
+from src.utils import CACHE, UserError, on_stop, weights_hash, write_json
 
 CHUNK = 64  # pairs that are generated, written and marked as done together
 VERIFIED = 16  # pairs that are generated once more, to see whether they are the teacher's
@@ -76,7 +74,11 @@ def load_pairs(
         return eps, solve(teacher, eps, objective.solver, objective.solver_steps)
 
     own = missing[world.rank :: world.size]
-    with interruptible():
+
+    def stop(number, frame):  # there is nothing to save
+        raise UserError("stopped while generating pairs: the same command goes on where they were")
+
+    with on_stop(stop):
         for chunk in tqdm(own, desc=f"pairs -> {folder}", unit=f"x{CHUNK}", disable=world.rank > 0 or not own):
             rows = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, objective.pairs))
             noise[rows], images[rows] = (x.half().cpu().numpy() for x in generated(range(rows.start, rows.stop)))
@@ -94,21 +96,6 @@ def load_pairs(
         if not (np.array_equal(noise[row], eps) and np.abs(images[row] - image).mean() < 0.03):
             raise UserError(f"pair {row} of {folder} is not what the teacher makes of its noise: delete that folder")
     return noise, images
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Let SIGINT and SIGTERM stop the body, which has nothing to save, with one line."""
-
-    def stop(number, frame):
-        raise UserError("stopped while generating pairs: the same command goes on where they were")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _allocate(folder: Path, manifest: dict) -> list[int]:

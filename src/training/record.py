@@ -43,16 +43,17 @@ class RunRecord:
     """`run.json`: what was run, on what, and for how long, over all the sessions of a run.
 
     Args:
+        surroundings: this session's, as `environment` tells them.
         facts: what holds for the whole run; of a resumed one, the newest.
     """
 
-    def __init__(self, path: Path, step: int, device: torch.device, processes: int, facts: dict):
+    def __init__(self, path: Path, step: int, surroundings: dict, processes: int, facts: dict):
         self.path = path
         earlier = json.loads(path.read_text())["sessions"] if path.exists() else []
         # A session that was killed trained steps that are trained again: they count in its time alone.
         session = {
             "command": sys.argv,
-            "environment": environment(device),
+            "environment": surroundings,
             "processes": processes,
             "started": _now(),
             "ended": _now(),

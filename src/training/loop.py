@@ -1,0 +1,178 @@
+"""The training loop: saving, resuming, scoring, and the run's record around the engine's steps."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+from src.training.checkpoints import best_score, clear_leftovers, load_last, save_averages, save_last
+from src.training.distributed import World
+from src.training.engine import Training
+from src.training.recipe import FREE, Recipe, Stage, Teacher, history
+from src.training.record import Metrics, RunRecord, early_preview, environment, plot_curves, save_previews
+from src.utils import UserError, on_stop, save_model, write_json
+
+
+def train(
+    model,
+    model_config: dict,
+    images: np.ndarray,
+    data_hash: str,
+    recipe: Recipe,
+    stages: list[Stage],
+    save_dir: Path,
+    arguments: dict,
+    world: World = World(),  # noqa: B008
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    teacher: Teacher | None = None,
+) -> int:
+    """Train `model` on uint8 `images` [N, 3, H, W]; go on from `save_dir`/last.ckpt if it is there.
+
+    Writes checkpoints (the EMA's weights), `model_config.json` (what rebuilds the model), `training_config.json`
+    (`arguments`), `run.json`, previews, metrics and curves.
+
+    Args:
+        model: what the first stage starts from.
+        model_config: of all stages but for the objective.
+        world: this process among several; the first one writes.
+        evaluate: scores a model every `eval_interval` steps: numbers to log, among them "ratio", the lower the
+            better; the best so far is kept as `best_model.pt`.
+        teacher: where `model` has its weights from, if from another run.
+    Returns: the steps that are done; fewer than planned if `max_minutes` ended the session.
+    Raises: UserError if the loss is no longer finite, the run is stopped by a signal (after saving), or the
+        checkpoints in `save_dir` are damaged or another run's (which is left as it is).
+    """
+    training = Training(model, images, recipe, stages, world)
+    settings = {name: value for name, value in asdict(recipe).items() if name not in FREE}
+    # The steps of a single stage may grow, unless its loss or its rates depend on how many there are.
+    fixed = len(stages) > 1 or stages[0].objective.follows_progress or stages[0].objective.steady < 1
+    written = [[stage.name, stage.objective.options(), *[stage.steps][:fixed]] for stage in stages]
+    identity = {
+        "model": model_config,
+        "data": data_hash,
+        "teacher": teacher and teacher.weights,
+        "stages": written,
+        **settings,
+    }
+    defaults = {stage.name: stage.objective.defaults() for stage in stages}
+    checkpoint = world.from_rank_0(lambda: load_last(save_dir, identity, defaults))
+    if checkpoint:
+        training.restore(checkpoint)
+        del checkpoint
+    if training.steps > recipe.num_iterations:
+        raise UserError(
+            f"the run in {save_dir} has {training.steps} iterations already, more than --num_iterations "
+            f"{recipe.num_iterations}: take its checkpoint of then, or choose another --save_dir"
+        )
+
+    device, start, first, average = model.device, training.steps, world.rank == 0, training.ema.model
+
+    def config() -> dict:
+        return {**model_config, "objective": training.stage.name}
+
+    def facts() -> dict:
+        """What the weights come from, so far: what the run trained that they began in, and then this one."""
+        return {
+            "seed": recipe.seed,
+            "data": {"hash": data_hash, "images": len(images)},
+            "bf16": training.bf16,
+            "stages": [*(teacher.stages if teacher else []), *history(stages, training.steps, recipe)],
+            "citations": training.citations,
+        }
+
+    surroundings = environment(device)
+    if first:
+        clear_leftovers(save_dir)
+        write_json(save_dir / "training_config.json", arguments)
+        write_json(save_dir / "model_config.json", config())
+        metrics = Metrics(save_dir / "metrics.jsonl", start)
+        described = {
+            "arguments": arguments,
+            "model_config": config(),
+            "teacher": teacher and teacher._asdict(),
+        }
+        record = RunRecord(save_dir / "run.json", start, surroundings, world.size, described)
+        record.write(start, recipe.batch_size, facts())
+    scorer = getattr(evaluate, "key", "")
+    best = best_score(save_dir, scorer) if first and evaluate else math.inf
+
+    def provenance() -> dict:
+        return {**surroundings, **facts(), "step": training.steps}
+
+    def export(*names: str, **scores) -> None:
+        for name in names:
+            save_model(average, save_dir / name, config(), provenance={**provenance(), **scores})
+
+    def save() -> None:
+        averages, about = training.power_ema.averages, {"model_config": config(), "provenance": provenance()}
+        save_averages(save_dir, training.steps, averages, stage=training.index, age=training.age, **about)
+        save_last(save_dir, average, training={**training.state(), "identity": identity}, **about)
+
+    logs: dict[str, list[Tensor]] = {}
+    step = interval_start = start
+    began = interval_began = time.monotonic()
+    progress = tqdm(total=recipe.num_iterations, initial=start, desc="training", disable=not first)
+    received: list[int] = []  # signals to stop, upon which the loop saves first
+    with on_stop(lambda number, frame: received.append(number)), progress:
+        finished = stopped = False
+        while not (finished or stopped):
+            if step < recipe.num_iterations:
+                parts, norm = training.step()
+                step = training.steps
+                for name, values in parts.items():
+                    logs.setdefault(name, []).extend(values)
+
+            logging = step % recipe.log_interval == 0
+            late = recipe.max_minutes is not None and time.monotonic() - began > 60 * recipe.max_minutes
+            finished = world.any(step >= recipe.num_iterations or late)
+            stopped = world.any(bool(received))
+            at_interval = finished or step % recipe.save_interval == 0 or training.at_end_of_stage()
+            scoring = recipe.eval_interval and (finished or step % recipe.eval_interval == 0)
+            if logs and (logging or at_interval or scoring or stopped):
+                row = {name: world.mean(torch.cat(values)) for name, values in logs.items()}
+                row["gradient_norm"] = norm.item()
+                if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
+                    last = save_dir / "last.ckpt"
+                    kept = f"{last} is still good" if last.exists() else "nothing was saved yet"
+                    raise UserError(
+                        f"the loss or its gradient is not finite around iteration {step}; {kept}; "
+                        "start again with a lower --lr in a new --save_dir"
+                    )
+                now = time.monotonic()
+                speed = (step - interval_start) * recipe.batch_size / (now - interval_began)
+                row |= {"stage": training.index, "lr": training.lr, "images_per_second": speed}
+                if first:
+                    metrics.add({"step": step, "images": step * recipe.batch_size, **row})
+                    record.write(step, recipe.batch_size, facts())
+                progress.update(step - progress.n)
+                progress.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{speed:.1f}")
+                logs, interval_start, interval_began = {}, step, now
+            left = time.monotonic()
+            if first and (at_interval or stopped):
+                if at_interval:
+                    export(f"checkpoint_iter_{step}.pt", *["final_model.pt"] * finished)
+                save()
+            if first and evaluate and scoring and not metrics.scored(step):  # saved before: it takes a while
+                with torch.compiler.set_stance("force_eager"):  # its batches have other shapes
+                    scores = evaluate(average)
+                if scores["ratio"] < best:
+                    best = scores["ratio"]
+                    export("best_model.pt", ratio=best, scorer=scorer)
+                metrics.add({"step": step, **scores})  # last: a step whose model could not be written is scored again
+            if first and (at_interval or stopped):
+                plot_curves(metrics.rows, save_dir / "training_curves.png")
+            if first and (at_interval or early_preview(step)):
+                low = torch.autocast(device.type, torch.bfloat16, enabled=training.bf16)  # half the time on a CPU
+                with torch.compiler.set_stance("force_eager"), low:
+                    save_previews(average, save_dir, step, recipe.seed)
+            interval_began += time.monotonic() - left  # saving and scoring are not training
+    if not finished:
+        raise UserError(f"stopped at iteration {step} and saved: the same command with --save_dir {save_dir} goes on")
+    return step
