@@ -28,7 +28,7 @@ test: .venv/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-data/faces/val_split.txt: src/faces.py | .venv/ready
+data/faces/val_split.txt: | .venv/ready
 	$(PY) -m src.faces data/faces
 
 # On a CPU a taste: four minutes of the challenge's U-Net at 32x32, where a step costs a quarter. On a GPU ten minutes

@@ -99,7 +99,7 @@ class CustomScheduler(BaseScheduler):
         """Down to which time the network is asked for the mean velocity of the jump from t to t_next, one of nfe.
 
         To t_next; but from t = 1/2 on, `asking` may name a part of the way, whose velocity then takes the whole of it.
-        After an adversarial stage that gave better samples (benchmarks/LOG.md, "late jumps"); why is not known.
+        After an adversarial stage, that gave better samples (benchmarks/LOG.md, "late jumps"); why is not known.
         """
         if t > 0.5 or nfe not in self.asking:
             return t_next

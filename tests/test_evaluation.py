@@ -198,11 +198,14 @@ def test_commands_write_what_sampling_reads(workdir, faces, tiny_network, script
     loaded = load_model("smooth/model.pt", create_custom_model)
     assert loaded.scheduler.smoothing == {2: 10.0} and loaded.scheduler.sharpening[2] > 0
     cited = torch.load("smooth/model.pt", weights_only=True)["provenance"]["citations"]
-    assert cited == ["liu2023flow", "gonzalez2018digital"]
+    assert cited == ["liu2023flow", "buades2005nonlocal", "gonzalez2018digital"]
     command[3], command[5], command[9] = "smoothing", "smooth/model.pt", "anew"
     result = subprocess.run(command, cwd=workdir, env=script_env, capture_output=True, text=True)
-    assert "its sharpening is left out" in result.stdout
+    assert load_model("anew/model.pt", create_custom_model).scheduler.smoothing != {2: 10.0}
+    assert "its sharpening at NFE 2 was for other samples and is left out" in result.stdout
     assert not load_model("anew/model.pt", create_custom_model).scheduler.sharpening
+    saved = torch.load("anew/model.pt", weights_only=True)
+    assert saved["model_config"]["sharpening"] == {} and "gonzalez2018digital" not in saved["provenance"]["citations"]
     command[3], command[5] = "asking", "smooth/model.pt"
     command[9] = "asked"
     result = subprocess.run(command, cwd=workdir, env=script_env, capture_output=True, text=True)
@@ -241,9 +244,9 @@ def test_no_search_begins_that_would_spoil_a_model_or_finds_nothing(workdir):
 def test_what_the_search_found_no_use_for_is_unset(workdir, randomised):
     weights = quantised(randomised(create_custom_model(unet="small", image_size=32)).state_dict())
     save_weights(weights, "run/model.pt", {"unet": "small", "image_size": 32, "smoothing": {"1": 0.5, "2": 0.5}})
-    save_chosen(Path("run/model.pt"), Path("out"), smoothing={"1": None, "4": 0.1})
+    save_chosen(Path("run/model.pt"), Path("out"), "smoothing", {"1": None, "4": 0.1})
     assert load_model("out/model.pt", create_custom_model).scheduler.smoothing == {2: 0.5, 4: 0.1}
-    save_chosen(Path("run/model.pt"), Path("none"), smoothing={"1": None, "2": None})
+    save_chosen(Path("run/model.pt"), Path("none"), "smoothing", {"1": None, "2": None})
     written = [read_checkpoint(f"{folder}/model.pt") for folder in ("out", "none")]
     assert all(torch.equal(one["state_dict"][name], value) for one in written for name, value in weights.items())
     cited = [one["provenance"].get("citations") for one in written]

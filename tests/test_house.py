@@ -20,7 +20,6 @@ ALLOWED = {
     "src/training/fusing.py": {"src.module"},
     "src/training": {"src.objectives.contract", "src.training", "src.images", "src.utils"},
     "src/evaluation": {"src.evaluation", "src.images", "src.objectives", "src.utils", "custom_model"},
-    "src/evaluation/report.py": {"src.evaluation", "src.module", "src.network", "src.utils", "custom_model"},
     "src/submission": {
         "src.submission",
         "src.evaluation",

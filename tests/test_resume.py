@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,8 +152,11 @@ def test_a_critic_of_another_form_is_refused_in_a_line():
 
 
 def test_leftovers_of_killed_saves_are_cleared_and_a_whole_next_checkpoint_is_used(faces, workdir, capsys):
+    run(str(faces), "run", 4)
+    shutil.copyfile(workdir / "run/last.ckpt", workdir / "older.ckpt")
     run(str(faces), "run", 5)
-    (workdir / "run/last.ckpt").rename(workdir / "run/next.ckpt")  # killed between two renames
+    (workdir / "run/last.ckpt").rename(workdir / "run/next.ckpt")  # killed before it took the older one's place
+    (workdir / "older.ckpt").rename(workdir / "run/last.ckpt")
     leftover = workdir / "run/.next.ckpt.123.tmp"
     leftover.write_bytes(b"half")
     drawn = [workdir / f"run/{folder}.nfe=1.123.tmp" for folder in ("", "samples/")]  # a killed sampling.py's
@@ -167,7 +171,7 @@ def test_leftovers_of_killed_saves_are_cleared_and_a_whole_next_checkpoint_is_us
     assert not leftover.exists() and all(other.exists() for other in others)
     assert "warning: run/run.json began with commit another and goes on with " in capsys.readouterr().err
     sessions = json.loads((workdir / "run/run.json").read_text())["sessions"]
-    assert [one["first_step"] for one in sessions] == [0, 5]
+    assert [one["first_step"] for one in sessions] == [0, 4, 5]
 
 
 def test_a_run_from_before_an_option_existed_goes_on_with_its_default(faces, workdir):
@@ -255,7 +259,7 @@ def test_half_written_averages_are_cleared(tmp_path):
 
 
 def test_a_mixture_lies_between_a_model_and_its_start(workdir, randomised, script_env):
-    config = {"unet": "small", "image_size": 32, "objective": "adversarial", "smoothing": {"1": 0.1}}
+    config = {"unet": "small", "image_size": 32, "objective": "adversarial"}
     flow, critic = ({"objective": name, "steps": 9, "citations": []} for name in ("rectified_flow", "adversarial"))
     models = [randomised(create_custom_model(**config), seed) for seed in (1, 2)]
     save_model(models[0], "start/int8.pt", config, provenance={"stages": [flow]})
@@ -265,7 +269,6 @@ def test_a_mixture_lies_between_a_model_and_its_start(workdir, randomised, scrip
     result = subprocess.run([*command, "--share", "0.25"], cwd=workdir, env=script_env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     mixed = load_model("mixed/final_model.pt", create_custom_model)
-    assert not mixed.scheduler.smoothing and "its sampler are left out" in result.stdout  # it was for other weights
     for name, value in mixed.state_dict().items():
         start, end = (model.state_dict()[name] for model in models)
         assert (value - (0.75 * end + 0.25 * start)).abs().max() <= 0.25 * start.abs().max() / 127, name  # 8 bits
@@ -281,6 +284,9 @@ def test_a_mixture_lies_between_a_model_and_its_start(workdir, randomised, scrip
     assert own.returncode == 1 and b"error: --out end is the folder of end/final_model.pt" in own.stderr
     own = subprocess.run([*command[:-1], "start", "--share", "0.25"], cwd=workdir, env=script_env, capture_output=True)
     assert own.returncode == 1 and b"error: --out start is the folder of start/int8.pt" in own.stderr
+    save_model(models[1], "smooth/final_model.pt", {**config, "smoothing": {"1": 0.1}})
+    with pytest.raises(UserError, match="the smoothing of smooth/final_model.pt are for its weights: mix the"):
+        mix(Path("smooth/final_model.pt"), Path("start/int8.pt"), 0.25)
     with pytest.raises(UserError, match="start/int8.pt was not trained from start/int8.pt"):
         mix(Path("start/int8.pt"), Path("start/int8.pt"), 0.25)
     save_model(models[0], "start/other.pt", config, provenance={"stages": [critic]})

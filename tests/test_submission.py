@@ -110,11 +110,13 @@ def test_export_tells_of_steps_that_were_never_scored(finished_run, capsys):
     """A run that went on without --eval_interval: its best model is the best of an early part."""
     rows = [{"step": step, "loss": 1.0} | ({"ratio": 2.0} if step < 2 else {}) for step in (0, 1, 2)]
     (finished_run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for step, told in ((1, ""), (2, "went on for 1 steps after its last score: --checkpoint final_model.pt takes its")):
+    for step, told in ((1, ""), (2, "is further by 1 steps, never scored: --checkpoint final_model.pt takes it")):
         path = finished_run / "final_model.pt"
         torch.save({**read_checkpoint(path), "provenance": {"step": step}}, path)
+        with (finished_run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 3, "rat')  # killed while writing it
         assert export(finished_run).name == "best_model.pt"
-        assert (told in capsys.readouterr().out) if told else not capsys.readouterr().out
+        assert (told in capsys.readouterr().err) if told else not capsys.readouterr().err
 
 
 def test_eight_bits_are_within_a_step_and_their_sums_within_half_a_step():

@@ -34,7 +34,8 @@ def trained(tmp_path_factory, faces) -> Path:
     mixture = f"mix {folder}/run/final_model.pt {folder}/run/checkpoint_iter_2.pt --share 0.25 --out {folder}/mixed"
     run_script(folder, "-m", "src.training", *mixture.split())
     final = folder / "mixed/final_model.pt"  # after four steps noise, for which a search would find no strength
-    save_chosen(final, folder / "run/smooth", asking={"2": 0.75}, smoothing={"2": 0.1})
+    save_chosen(final, folder / "smooth", "smoothing", {"2": 0.1})
+    save_chosen(folder / "smooth/final_model.pt", folder / "run/smooth", "asking", {"2": 0.75})
     return folder
 
 

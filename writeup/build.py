@@ -189,7 +189,7 @@ def by_nfe(values: dict[str, float | list[float]]) -> str:
 def settings(record: dict) -> str:
     """What a run's stages share."""
     given = record["arguments"]
-    return f"AdamW, seed {given['seed']}, times {given['time_sampling'].replace('_', ' ')}"
+    return f"seed {given['seed']}, times {given['time_sampling'].replace('_', ' ')}"
 
 
 def in_words(seconds: float) -> str:
@@ -210,7 +210,7 @@ def gathered(records: list[dict], scored: dict) -> dict:
         "stages": stages(scored["provenance"]["stages"], words(HERE / "methods.typ"), known),
         "citations": cited,
         "sampler": {name: by_nfe(values) for name, values in scored["sampler"].items()},
-        "settings": ", then ".join(dict.fromkeys(map(settings, records)))
+        "settings": f"AdamW, {', then '.join(dict.fromkeys(map(settings, records)))}"
         + ("" if full else f", a {model['unet']} U-Net at {model['image_size']} px: an experiment, no submission"),
         "images": ", ".join(
             dict.fromkeys(f"{r['data']['images']:,} training images, hash {r['data']['hash']}" for r in records)

@@ -122,6 +122,7 @@ def write_comparison(checkpoints: dict[str, Path], args: argparse.Namespace) -> 
         base = first.pixels(nfe, 0).astype(np.float32)
         for name, model in models.items():
             rows[name]["pixels"] = float(np.abs(model.pixels(nfe, 0) - base).mean())
+            model.filtered.clear()  # of no other NFE
 
     lines = [
         f"{features.distance}, {args.samples} samples, {args.seeds} common sampling seeds; difference to "

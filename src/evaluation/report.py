@@ -13,8 +13,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import custom_model
-import src.module
-import src.network
 from custom_model import create_custom_model
 from src.evaluation.distances import frechet_distance, kernel_distance, manifold_scores
 from src.evaluation.failures import copies, failure_rates, nearest, variety
@@ -70,7 +68,7 @@ class Model:
             config.pop(name, None)
         digest = hashlib.sha256(json.dumps([config, self.bf16], sort_keys=True).encode())
         objective = self.net.objective  # it says what jumps are asked for
-        code = [inspect.getsource(part) for part in (custom_model, src.network, src.module, type(objective).asked)]
+        code = [inspect.getsource(part) for part in (custom_model, draw_samples, type(objective).asked)]
         digest.update(repr([objective, *code]).encode())  # code that draws other samples
         digest.update(weights_hash(self.net).encode())
         self.key = digest.hexdigest()[:16]

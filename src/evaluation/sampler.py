@@ -31,11 +31,12 @@ from src.utils import (
 REFERENCE_STEPS = 64  # Euler steps to the ends that few steps should reach as well
 # What a setting's strength is called, and those to choose from.
 SETTINGS = {
-    "asking": ("part", (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)),
     # 8-bit levels
     "smoothing": ("sigma", tuple(round(v / 127.5, 4) for v in (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 12))),
     "sharpening": ("amount", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)),
+    "asking": ("part", (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)),
 }
+ORDER = ("time_grids", *SETTINGS)  # in which they are searched, each with the samples that those before it give
 MOST_IMAGES = 1000  # of the training images, evenly spaced, to compare with
 
 
@@ -158,11 +159,7 @@ def choose_strength(
         chosen[str(nfe)] = best or None
         distances = f"{network.distance} to training images {found[best]:.4f}, without {found[0.0]:.4f}"
         print(f"NFE {nfe}: {strength} {best:g}, {distances}")
-    unset = {}
-    if name == "smoothing" and model.scheduler.sharpening.keys() & set(nfes):
-        unset = {"sharpening": dict.fromkeys(chosen)}
-        print("its sharpening is left out, which was for samples smoothed otherwise: search it anew")
-    save_chosen(checkpoint, out, **{name: chosen}, **unset)
+    save_chosen(checkpoint, out, name, chosen)
 
 
 def choose_grids(checkpoint: Path, out: Path, nfes: list[int], count: int, seed: int, device: torch.device) -> None:
@@ -182,22 +179,33 @@ def choose_grids(checkpoint: Path, out: Path, nfes: list[int], count: int, seed:
         chosen[str(nfe)] = grid if better else None
         print(f"NFE {nfe}: {grid}, error {errors['found']:.5f}, uniform {errors['uniform']:.5f}"
               f"{'' if better else ': no gain on other noise, left uniform'}")  # fmt: skip
-    save_chosen(checkpoint, out, time_grids=chosen)
+    save_chosen(checkpoint, out, "time_grids", chosen)
 
 
-def save_chosen(checkpoint: Path, out: Path, **settings: dict) -> None:
-    """Write a checkpoint's weights to `out`, as they are; in its config these settings by NFE go over its own.
+def save_chosen(checkpoint: Path, out: Path, name: str, chosen: dict) -> None:
+    """Write a checkpoint's weights to `out`, as they are, with a config where `chosen` goes over the setting `name`.
 
-    None unsets one. It cites what they build on, if any NFE has one.
+    What is searched after it (`ORDER`) is unset at the NFEs where it has changed: that was for other samples. The
+    checkpoint cites what the settings that it has build on.
+
+    Args:
+        chosen: the values by NFE, as JSON has it; None unsets one.
     """
     saved = read_checkpoint(checkpoint)
     provenance = dict(saved.get("provenance", {}))
     config = read_config(checkpoint.with_name("model_config.json")) | objective_of(saved)
-    for name, chosen in settings.items():
-        merged = {**(config.get(name) or {}), **chosen}
-        config[name] = {nfe: value for nfe, value in merged.items() if value is not None}
-    if any(config[name] for name in settings):
-        cited = CustomScheduler(**{name: config[name] for name in settings}).citations
-        provenance["citations"] = list(dict.fromkeys([*provenance.get("citations", []), *cited]))
+    settings = {one: config.get(one) or {} for one in ORDER}
+    before = CustomScheduler(**settings).citations
+    merged = {nfe: value for nfe, value in {**settings[name], **chosen}.items() if value is not None}
+    changed = {nfe for nfe in chosen if merged.get(nfe) != settings[name].get(nfe)}
+    settings[name] = merged
+    for later in ORDER[ORDER.index(name) + 1 :]:
+        if old := sorted(changed & settings[later].keys()):
+            settings[later] = {nfe: value for nfe, value in settings[later].items() if nfe not in changed}
+            print(f"its {later} at NFE {', '.join(old)} was for other samples and is left out: search it anew")
+    if "citations" in provenance or any(settings.values()):
+        trained = [key for key in provenance.get("citations", []) if key not in before]
+        provenance["citations"] = [*trained, *CustomScheduler(**settings).citations]
+    config |= {one: values for one, values in settings.items() if values or one in config}
     save_weights(weights_of(saved, checkpoint), out / checkpoint.name, config, provenance=provenance)
     print(f"written to {out}")

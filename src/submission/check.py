@@ -323,14 +323,14 @@ def samples(s: Submission) -> Iterator[Line]:
     """Those of a final submission."""
     if not s.subject.written:
         return
-    samples = {f"samples/nfe={nfe}": sorted((s.tree / f"samples/nfe={nfe}").glob("*.png")) for nfe in NFES}
-    short = [folder for folder, paths in samples.items() if len(paths) < 8]
+    folders = {f"samples/nfe={nfe}": sorted((s.tree / f"samples/nfe={nfe}").glob("*.png")) for nfe in NFES}
+    short = [folder for folder, paths in folders.items() if len(paths) < 8]
     if short:
         yield failed("samples", f"fewer than 8 images in {', '.join(short)}: python sampling.py")
-    elif min(path.stat().st_mtime for paths in samples.values() for path in paths) < dated(s):
+    elif min(path.stat().st_mtime for paths in folders.values() for path in paths) < dated(s):
         yield failed("samples", f"samples/ is {OLDER}: python sampling.py")
     else:
-        drawn, unfit = zip(*map(pictures, samples.values()), strict=True)
+        drawn, unfit = zip(*map(pictures, folders.values()), strict=True)
         if faults := [fault for some in unfit for fault in some]:
             yield failed("samples", f"{'; '.join(faults[:3])}; they must be 64x64 RGB: python sampling.py")
         elif faults := dull(drawn):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from src.training.ema import CHOSEN, mix, rebuild
-from src.utils import one_line_errors, read_config, refuse_others_folder, save_weights, writing_checkpoint
+from src.training.ema import mix, rebuild
+from src.utils import one_line_errors, refuse_others_folder, save_weights, writing_checkpoint
 
 
 def write_average(args: argparse.Namespace) -> None:
@@ -23,8 +23,6 @@ def write_mixture(args: argparse.Namespace) -> None:
     mixed = mix(args.end, args.start, args.share)
     save_weights(mixed["state_dict"], target, mixed["model_config"], provenance=mixed["provenance"])
     print(f"{target}: python sampling.py --ckpt_path {target}")
-    if any(read_config(args.end.with_name("model_config.json")).get(name) for name in CHOSEN):
-        print(f"the settings of {args.end} for its sampler are left out, which were for its weights: search them anew")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Averages of the weights over training, and mixtures of two models on one way."""
+"""Averages of the weights over training, and mixtures of a model with an earlier one of its stages."""
 
 import copy
 import math
@@ -13,15 +13,14 @@ from torch import Tensor
 
 from src.utils import UserError, objective_of, read_checkpoint, read_config, restore_quantised, weights_of
 
-CHOSEN = ("time_grids", "asking", "smoothing", "sharpening")  # settings of the sampler for given weights
-
 
 class EMA:
     """An exponentially averaged copy of `model`, always in eval mode: teacher, preview and export.
 
     It starts as a power-function average of width 0.1 (arXiv:2312.02696), which knows no initial weights and
     reaches over a fixed share of the training so far, until that is longer than 1 / (1 - decay) steps. A plain
-    average of the first steps, which is what correcting the bias of a constant decay gives, lags far behind.
+    average of the first steps, which is what correcting the bias of a constant decay gives, lags far behind. Buffers,
+    which the U-Net has none of, stay those of the start.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -144,14 +143,17 @@ def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict, d
 def mix(end: Path, start: Path, share: float) -> dict:
     """The checkpoint `end` with the float32 weights (1 - share) end + share start (arXiv:2109.01903, section 3).
 
-    The last of its `stages` tells of it. Times, asking and filters, which were chosen for other weights, are left out.
+    The last of its `stages` tells of it.
 
-    Raises: UserError if the share is not between 0 and 1, `end` is a mixture itself or was not trained from `start`.
+    Raises: UserError if the share is not between 0 and 1, `end` is a mixture itself, was not trained from `start`, or
+        has settings of the sampler, which were chosen for its weights.
     """
     if not 0 < share < 1:
         raise UserError(f"--share must lie between 0 and 1, got {share}")
     saved, other = read_checkpoint(end), read_checkpoint(start)
     config = read_config(end.with_name("model_config.json"))
+    if chosen := [name for name in ("time_grids", "asking", "smoothing", "sharpening") if config.get(name)]:
+        raise UserError(f"the {', '.join(chosen)} of {end} are for its weights: mix the model before them, then search")
     states = [weights_of(checkpoint, path) for checkpoint, path in ((saved, end), (other, start))]
     for state in states:
         restore_quantised(state)
@@ -167,7 +169,7 @@ def mix(end: Path, start: Path, share: float) -> dict:
         raise UserError(f"{end} is a mixture already: name the model that it was made of")
     return {
         "state_dict": {name: value.float().lerp(states[1][name].float(), share) for name, value in states[0].items()},
-        "model_config": {key: value for key, value in config.items() if key not in CHOSEN} | objective_of(saved),
+        "model_config": config | objective_of(saved),
         "provenance": {
             **provenance,
             "stages": [

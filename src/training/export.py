@@ -1,10 +1,11 @@
 """Put a run's chosen model where the challenge's scripts, and a submission, look for it."""
 
-import json
+import sys
 from pathlib import Path
 
 import torch
 
+from src.training.record import parsed
 from src.utils import (
     UserError,
     objective_of,
@@ -41,7 +42,8 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
         raise UserError(f"{run} holds none of {', '.join(CHOICES)}: is it a folder that train.py wrote?")
     source = run / names[0]
     if names[:2] == list(CHOICES[:2]) and (left := unscored(run)):
-        print(f"warning: {run} went on for {left} steps after its last score: --checkpoint {names[1]} takes its end")
+        told = f"{run}/{names[1]} is further by {left} steps, never scored: --checkpoint {names[1]} takes it"
+        print(f"warning: {told}", file=sys.stderr)
     kept = target.name in CHOICES or target.name.startswith("checkpoint_iter_") or target.name == source.name
     if kept and not submitted and target.parent.resolve() == source.parent.resolve():
         raise UserError(f"--out {target} would replace a model of {run}: choose another name")
@@ -68,9 +70,10 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
 def unscored(run: Path) -> int:
     """How many steps a run made after those among which its best model was chosen."""
     path = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    rows = filter(None, map(parsed, path.read_text().splitlines())) if path.is_file() else []
     scored = [row["step"] for row in rows if "ratio" in row]
-    return max(0, read_checkpoint(run / CHOICES[1])["provenance"]["step"] - max(scored)) if scored else 0
+    last = read_checkpoint(run / CHOICES[1]).get("provenance", {}).get("step", 0)
+    return max(0, last - max(scored)) if scored else 0
 
 
 def refuse_other_config(target: Path, config: dict) -> None:

@@ -86,7 +86,7 @@ class Metrics:
     def __init__(self, path: Path, step: int):
         self.path = path
         lines = path.read_text().splitlines() if path.exists() else []
-        self.rows = [row for row in map(_parsed, lines) if row is not None and row["step"] <= step]
+        self.rows = [row for row in map(parsed, lines) if row is not None and row["step"] <= step]
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
@@ -99,7 +99,8 @@ class Metrics:
             file.write(json.dumps(row) + "\n")
 
 
-def _parsed(line: str) -> dict | None:
+def parsed(line: str) -> dict | None:
+    """A row of `metrics.jsonl`."""
     try:
         return json.loads(line)
     except ValueError:  # the last line of a run that was killed while writing it
