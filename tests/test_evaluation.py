@@ -163,6 +163,7 @@ def test_asking_is_searched_where_a_part_of_a_jump_is_better():
     model = CustomGenerativeModel(network, CustomScheduler(asking={2: 0.5}), objective="shortcut", image_size=16)
     training = training_images(network.image)
     found = search_strength("asking", model, 2, training, count=8)
+    assert search_strength("smoothing", model, 2, training, count=8)[0.0] == found[0.0]  # of samples not asked yet
     assert min(found, key=found.get) == 0.75 and found[0.75] < 0.3 * found[0.0]
     assert model.scheduler.asking == {2: 0.5}  # the model itself is left as it was
     model.scheduler = CustomScheduler(smoothing={2: 10.0})

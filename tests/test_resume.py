@@ -285,7 +285,7 @@ def test_a_mixture_lies_between_a_model_and_its_start(workdir, randomised, scrip
     own = subprocess.run([*command[:-1], "start", "--share", "0.25"], cwd=workdir, env=script_env, capture_output=True)
     assert own.returncode == 1 and b"error: --out start is the folder of start/int8.pt" in own.stderr
     save_model(models[1], "smooth/final_model.pt", {**config, "smoothing": {"1": 0.1}})
-    with pytest.raises(UserError, match="the smoothing of smooth/final_model.pt are for its weights: mix the"):
+    with pytest.raises(UserError, match="smooth/final_model.pt has smoothing for its own weights: mix the"):
         mix(Path("smooth/final_model.pt"), Path("start/int8.pt"), 0.25)
     with pytest.raises(UserError, match="start/int8.pt was not trained from start/int8.pt"):
         mix(Path("start/int8.pt"), Path("start/int8.pt"), 0.25)

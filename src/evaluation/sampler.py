@@ -40,6 +40,14 @@ ORDER = ("time_grids", *SETTINGS)  # in which they are searched, each with the s
 MOST_IMAGES = 1000  # of the training images, evenly spaced, to compare with
 
 
+def without(model, name: str):
+    """A copy of the model without its setting `name`, and without what is searched after it."""
+    model = copy.deepcopy(model)
+    for one in ORDER[ORDER.index(name) :]:
+        getattr(model.scheduler, one).clear()
+    return model
+
+
 def search_grid(model, nfe: int, count: int = 64, seed: int = CHOOSING_SEED) -> tuple[list[float], dict[str, float]]:
     """Times from 1 to 0 in `nfe` jumps whose samples end nearest to those of the model's ODE from the same noise
     (the paper's eq. 5).
@@ -57,8 +65,7 @@ def search_grid(model, nfe: int, count: int = 64, seed: int = CHOOSING_SEED) -> 
         raise UserError(f"times are searched from NFE 2 on, with 4 noise samples or more, got NFE {nfe} and {count}")
     if not model.objective.keeps_velocity:
         raise UserError(f"{type(model.objective).__name__} leaves no velocity to follow: search the model before it")
-    model = copy.deepcopy(model)
-    model.scheduler.smoothing.clear(), model.scheduler.sharpening.clear()  # of few steps: the ODE's ends have none
+    model = without(model, "time_grids")
     path = copy.deepcopy(model)
     path.objective = make_objective("rectified_flow", path.scheduler)  # its samples follow the velocity
     half = count // 2
@@ -105,11 +112,8 @@ def search_strength(
         training: of the model's image size.
     Returns: the distance for each strength, 0 for samples without the setting.
     """
-    model = copy.deepcopy(model)
+    model = without(model, name)
     if name != "asking":
-        model.scheduler.sharpening.clear()
-        if name == "smoothing":
-            model.scheduler.smoothing.clear()
         samples = draw_samples(model, nfe, seed, count).to(training.device)
     found = {}
     for strength in tqdm((0.0, *SETTINGS[name][1]), desc=f"{name} for NFE {nfe}", leave=False):
@@ -171,7 +175,6 @@ def choose_grids(checkpoint: Path, out: Path, nfes: list[int], count: int, seed:
     if min(nfes) < 2:
         raise UserError(f"NFE {min(nfes)} has no times to choose: search from NFE 2 on")
     model = load_model(checkpoint, create_custom_model, device)
-    model.scheduler.time_grids.clear()
     chosen = {}
     for nfe in nfes:
         grid, errors = search_grid(model, nfe, count, seed)

@@ -153,7 +153,7 @@ def mix(end: Path, start: Path, share: float) -> dict:
     saved, other = read_checkpoint(end), read_checkpoint(start)
     config = read_config(end.with_name("model_config.json"))
     if chosen := [name for name in ("time_grids", "asking", "smoothing", "sharpening") if config.get(name)]:
-        raise UserError(f"the {', '.join(chosen)} of {end} are for its weights: mix the model before them, then search")
+        raise UserError(f"{end} has {' and '.join(chosen)} for its own weights: mix the model before that, then search")
     states = [weights_of(checkpoint, path) for checkpoint, path in ((saved, end), (other, start))]
     for state in states:
         restore_quantised(state)
