@@ -131,12 +131,14 @@ def test_a_model_of_an_early_stage_is_told_as_it_was_trained(project, faces):
 
     # Another run goes on from it.
     train = "--unet small --image_size 32 --objective shortcut --teacher run/checkpoint_iter_2.pt --save_dir second"
-    flags = ["--data_root", faces, "--split_dir", faces, "--num_iterations", "1", "--batch_size", "4"]
+    flags = ["--data_root", faces, "--split_dir", faces, "--num_iterations", "1", "--batch_size", "4", "--seed", "7"]
     run_script(project, ROOT / "train.py", *train.split(), *flags, "--log_interval", "1", "--device", "cpu")
     provenance = scored_as(project, "second", "final_model.pt")
     assert [stage["objective"] for stage in provenance["stages"]] == ["rectified_flow", "shortcut"]
     result = build(project, "run", "second")
     assert result.returncode == 0, result.stderr
+    told = letters("".join(page.extract_text() for page in PdfReader(pdf).pages))
+    assert letters("AdamW, seed 42, times uniform, then seed 7, times uniform") in told
     assert "second began with another run's model" in build(project, "second").stderr
     shutil.copytree(project / "run", project / "twin")  # but for its seed, which the teacher tells
     record = json.loads((project / "twin/run.json").read_text())
