@@ -392,6 +392,13 @@ def test_missing_networks_and_images_get_one_line(folders, tmp_path, tiny_networ
         room.image_files(folders / "empty")
     with pytest.raises(UserError, match="not empty"):
         write_reference([], folders / "val")
+    (folders / "half").mkdir()
+    for path in (folders / "val").iterdir():
+        Image.open(path).resize((32, 32)).save(folders / "half" / path.name)
+    names = ["--generated", str(folders / "half"), "--reference", str(folders / "val")]
+    monkeypatch.setattr(sys, "argv", ["src.evaluation", "score", *names, "--features", str(tiny_network)])
+    with pytest.raises(UserError, match="half holds images of 32 x 32, .*val of 64 x 64"):
+        main()
     monkeypatch.setattr(sys, "argv", ["src.evaluation", "reference", "--out", "small", "--size", "0"])
     with pytest.raises(UserError, match="--size 0: at least 1 pixel"):
         main()

@@ -335,17 +335,19 @@ def test_ablate_plans_all_before_it_trains_and_compares_no_unfinished_run(faces,
     flags = ["--data_root", faces, "--split_dir", faces, "--features", tiny_network, "--out", "out", "--device", "cpu"]
     for change, message in (
         ("typo:lrr=1e-3", "unrecognized arguments: --lrr"),
+        ("condition:use_additional_condition", "out/base is at iteration 4 of 5: the same command goes on"),
         ("fast:lr=1e-3", "out/base is at iteration 4 of 5: the same command goes on"),
     ):
         monkeypatch.setattr(sys, "argv", ["src.evaluation", "ablate", "--change", change, *map(str, flags)])
         with pytest.raises(UserError, match=re.escape(message)):
             main()
-    assert ["--dry_run" in command for command in calls] == [True, True, False]
+    assert ["--dry_run" in command for command in calls] == [True, True, False, True, False]
+    assert calls[1][-5:-3] == ["cpu", "--use_additional_condition"]  # a flag without a value
     shutil.copyfile(faces / "train_split.txt", workdir / "train_split.txt")
     sys.argv[sys.argv.index("--split_dir") + 1] = str(workdir)
     with pytest.raises(UserError, match="no split file .*val_split.txt"):  # to score against, after hours
         main()
-    assert len(calls) == 4 and "--dry_run" in calls[-1]
+    assert len(calls) == 6 and "--dry_run" in calls[-1]
 
 
 @pytest.mark.parametrize(
@@ -398,6 +400,7 @@ def test_speed_counts_the_network_calls(runs, script_env):
         (["report", "--checkpoint", "run1/final_model.pt", "--sweep", "0"], "at least 1 network call, not 0"),
         (["compare", "run1", "run2", "--nfe", "4", "-1"], "at least 1 network call, not -1"),
         (["ablate", "--change", "fast"], "not of the form name:flag=value"),
+        (["ablate", "--change", "fast:lr="], "not of the form name:flag=value"),
         (["ablate", "--change", "x:save_dir=y"], "--save_dir in --change is for this script to choose"),
         (["ablate", "--change", "x:image_size=64"], "--image_size in --change is for this script to choose"),
         (["report", "--checkpoint", "run1/final_model.pt", "--samples", "3"], "--samples must be at least 16"),

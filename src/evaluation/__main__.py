@@ -4,6 +4,8 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from PIL import Image
+
 from src.evaluation.compare import OURS, ablate, compare
 from src.evaluation.distances import frechet_distance
 from src.evaluation.features import folder_features, load_features, official_inception
@@ -21,8 +23,16 @@ FEATURES = "TorchScript network; left out, the official Inception network, for t
 
 def score(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
+    sizes = []
     for folder in (args.generated, args.reference):
-        image_files(folder)
+        with Image.open(image_files(folder)[0]) as image:
+            sizes.append(image.size)
+    if sizes[0] != sizes[1]:  # both would be enlarged for the network, and one be blurred by it
+        (a, b), (c, d) = sizes
+        raise UserError(
+            f"{args.generated} holds images of {a} x {b}, {args.reference} of {c} x {d}: write a reference of the "
+            "samples' size, python -m src.evaluation reference --size"
+        )
     features = load_features(args.features or official_inception(), device)
     reference = folder_features(args.reference, features, device, cache=True)
     generated = folder_features(args.generated, features, device)
@@ -91,7 +101,7 @@ def main() -> None:
 
     parser = command("ablate", ablate, "train a base and single changes of it, and compare; train.py's flags after --")
     parser.add_argument(
-        "--change", action="append", required=True, metavar="NAME:FLAG=VALUE", help="a name, and one flag of train.py"
+        "--change", action="append", required=True, metavar="NAME:FLAG[=VALUE]", help="a name, and one flag of train.py"
     )
     add_comparison_flags(parser)
 

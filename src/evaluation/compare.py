@@ -76,9 +76,9 @@ def ablate(args: argparse.Namespace) -> None:
     for change in args.change:
         name, colon, setting = change.partition(":")
         flag, equals, value = setting.partition("=")
-        if not (name and colon and flag and equals) or name in changes:
+        if not (name and colon and flag) or equals and not value or name in changes:
             raise UserError(f"--change {change!r} is not of the form name:flag=value with a name of its own")
-        changes[name] = [f"--{flag}", value]
+        changes[name] = [f"--{flag}", *[value] * bool(equals)]  # some flags have no value
         refuse_flags(changes[name], [*OURS, "image_size"], "in --change")  # of one size, to be compared
     data = ["--data_root", args.data_root, "--split_dir", args.split_dir, "--device", args.device]
     commands = {
