@@ -102,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--teacher",
         metavar="CKPT",
-        help="a trained model that the first stage starts and, if it needs one, learns from",
+        help="a trained model that the first stage starts from and, if it needs a teacher, learns from",
     )
     add("--time_sampling", choices=TIME_SAMPLINGS, default="uniform", help="of training times")
     add("--unet", choices=UNETS, default="full", help="small: experiments only, no submission")
@@ -123,11 +123,14 @@ def parse_arguments() -> argparse.Namespace:
         "--max_minutes",
         type=float,
         default=None,
-        help="end a session and export after so long; not amid reflow's pairs",
+        help="end a session, save and export after so many minutes; not while reflow generates pairs",
     )
     add("--eval_interval", type=int, default=0, help="score every so many steps and keep best_model.pt; 0: never")
-    add("--eval_samples", type=int, default=None, help="for each NFE; None: 500")
-    add("--features", help="TorchScript network to score with; None: the official one, for the FID")
+    add("--eval_samples", type=int, default=None, help="samples for each NFE; None: 500")
+    add(
+        "--features",
+        help="TorchScript feature network to score with; left out, the official Inception network, for the FID",
+    )
     first = argparse.ArgumentParser(add_help=False)  # for --help to tell the preset's defaults
     first.add_argument("--preset", choices=PRESETS)
     parser.set_defaults(**PRESETS.get(first.parse_known_args()[0].preset, {}))

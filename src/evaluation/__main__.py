@@ -121,9 +121,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="without CUDA: the CPU")
 
     for name, what in (
-        ("smoothing", "smooth samples as brings them nearest to training images"),
-        ("sharpening", "sharpen samples as brings them nearest to training images; after smoothing"),
-        ("asking", "ask for as much of late jumps as brings samples nearest to training images; after both"),
+        ("smoothing", "choose how strongly samples are smoothed: lowest distance to training images"),
+        ("sharpening", "the same for sharpening; after smoothing"),
+        ("asking", "the same for the part of late jumps that the network is asked for; after both"),
     ):
         parser = command(name, partial(choose, name), what)
         parser.add_argument("--checkpoint", type=Path, required=True)

@@ -72,7 +72,7 @@ def main() -> None:
     shared.add_argument("--device", default="cuda", help="without CUDA: the CPU")
     command("check", check, "the challenge's checklist, each line with its remedy", parents=[shared])
 
-    parser = command("pack", pack, "check, zip, and prove the zip", parents=[shared])
+    parser = command("pack", pack, "check and zip, then unpack the zip and sample from it once", parents=[shared])
     parser.add_argument("--team", required=True, help="names the zip's folder")
     parser.add_argument("--out", type=Path, default=Path("submission.zip"))
 

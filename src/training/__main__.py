@@ -34,12 +34,12 @@ def main() -> None:
         parser.set_defaults(run=run)
         return parser
 
-    parser = command("ema", write_average, "rebuild an average of the weights of another length")
+    parser = command("ema", write_average, "rebuild a power-function average of the weights, of another length")
     parser.add_argument("run_dir", type=Path, help="a folder that train.py wrote")
     parser.add_argument("--sigma_rel", type=float, required=True, help="width as a share of the stage so far")
     parser.add_argument("--step", type=int, help="one that the run saved at; left out, the last")
 
-    parser = command("mix", write_mixture, "a model's weights, and a share of those it was trained from")
+    parser = command("mix", write_mixture, "average a model with an earlier one that it was trained from")
     parser.add_argument("end", type=Path, help="a checkpoint, with its model_config.json beside it")
     parser.add_argument("start", type=Path, help="a checkpoint that its stages went on from")
     parser.add_argument("--share", type=float, required=True, help="of the start, between 0 and 1")
