@@ -253,7 +253,7 @@ def main() -> None:
         f"{', '.join(map(str, args.training_seeds))}; commit {', '.join(commits)}\n\n" + "\n".join(table(rows)) + "\n"
     )
     print(text, end="")
-    (args.out / "table.md").write_text(text)
+    (args.out / "table.md").write_text(text, encoding="utf-8")
     curves = {name: over_runs(runs) for name, runs in rows.items()}
     plot_distances(curves, distance, floor, over, args.out / "curve.png")
     write_json(

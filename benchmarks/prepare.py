@@ -72,7 +72,11 @@ def write_features(source: Path, folder: Path) -> str:
     """The TorchScript network in half precision, unless it is already: scoring turns it to single precision again."""
     if not source.is_file():
         raise UserError(f"no feature network at {source}")
-    network = torch.jit.load(source, map_location="cpu")
+    try:
+        network = torch.jit.load(source, map_location="cpu")
+    except RuntimeError as error:
+        raise UserError(f"{source} is no TorchScript network: {str(error).strip().splitlines()[0]}") from error
+    folder.mkdir(parents=True, exist_ok=True)
     if all(p.dtype != torch.float32 for p in [*network.parameters(), *network.buffers()]):
         shutil.copyfile(source, folder / source.name)
         return source.name
@@ -105,9 +109,9 @@ def main() -> None:
         raise UserError(f"{args.out} holds other files, and would be replaced: name another --out")
     with replacing_folder(args.out) as folder:
         train, score = folder / "train", folder / "score"
+        features = write_features(args.features, score)
         for split, part in (("train", train), ("val", score)):
             write_faces(args.data_root, args.split_dir, split, args.size, part / "faces")
-        features = write_features(args.features, score)
         if args.python:
             download_wheels(args.python, train / "wheels")
         if args.start:

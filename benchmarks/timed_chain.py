@@ -21,7 +21,7 @@ import torch
 
 import train
 from src.evaluation.launch import split_flags
-from src.objectives import parse_stages
+from src.objectives import parse_objective, parse_stages
 from src.utils import UserError, one_line_errors
 
 TRIAL = 8  # steps of each stage
@@ -67,6 +67,11 @@ def main() -> None:
     ours, theirs = split_flags(OURS)
     args = parser.parse_args(ours)
     shares = parse_stages(args.stages)
+    for name, _ in shares:
+        if parse_objective(name)[0].pairs:
+            raise UserError(
+                f"{name} generates pairs, twice here and beyond the minutes: use train.py, which does it once"
+            )
     common = [*theirs, "--batch_size", str(args.batch_size)]
     chain, trial = args.out / "chain", args.out / "trial"
 

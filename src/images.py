@@ -11,9 +11,6 @@ from torchvision import transforms
 
 from src.utils import UserError
 
-os.environ["KAGGLEHUB_CACHE"] = "./data"  # read by kagglehub when it is imported
-import kagglehub  # noqa: E402
-
 DATA_ROOT = "./data/datasets/kostastokis/simpsons-faces/versions/1/cropped"  # where kagglehub puts the faces
 
 
@@ -25,7 +22,8 @@ def split_paths(root: str | os.PathLike, split: str, split_dir: str | os.PathLik
             f"no split file {split_file}: fetch the official one with `python -m src.submission base-code`, "
             "or name another folder with --split_dir"
         )
-    paths = [Path(root) / f"{name}.png" for name in filter(None, map(str.strip, split_file.read_text().splitlines()))]
+    lines = split_file.read_text(encoding="utf-8").splitlines()
+    paths = [Path(root) / f"{name}.png" for name in filter(None, map(str.strip, lines))]
     if not paths:
         raise UserError(f"{split_file} names no image")
     missing = [path for path in paths if not path.is_file()]
@@ -69,6 +67,9 @@ def ensure_root(root: str | os.PathLike) -> None:
     """Download the faces with kagglehub, into ./data, if `root` is missing; UserError if that does not help."""
     if Path(root).is_dir():
         return
+    import kagglehub  # here, for it takes a second
+
+    os.environ["KAGGLEHUB_CACHE"] = "./data"  # kagglehub reads it when it downloads
     try:
         path = kagglehub.dataset_download("kostastokis/simpsons-faces")
     except Exception as error:  # whatever the network and Kaggle come up with

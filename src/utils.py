@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 import sys
@@ -127,7 +128,9 @@ def labelled_grid(rows: dict[str, list[Image.Image]], scale: int = 2) -> Image.I
 
 def _temporary(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(
+        f".{path.name}.{secrets.token_hex(4)}.tmp"
+    )  # machines that share a disk share process numbers
 
 
 @contextmanager
@@ -148,7 +151,6 @@ def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
     folder = Path(folder)
     temporary = _temporary(folder)
     before = temporary.with_suffix(".old")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this one's number
     temporary.mkdir()
     try:
         yield temporary

@@ -1,8 +1,10 @@
 """What every objective must pass. A new one joins by its line in OBJECTIVES."""
 
 import copy
+import gc
 import json
 import re
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -85,7 +87,7 @@ def nets_of(model):
 def test_loss_and_gradients_are_finite(model):
     data, noise = batch()
     nets = nets_of(model)
-    draw = model.objective.draw(data.shape)
+    draw = model.objective.draw_for_critic(data.shape)
     losses = [(model.objective.loss, model)] + ([(model.objective.critic_loss, nets.critic)] if nets.critic else [])
     for loss_function, trained in losses:
         loss, logs = loss_function(nets, data, noise, 0.3, draw)
@@ -241,6 +243,24 @@ def test_a_stages_optimizers_are_as_recipe_and_objective_say():
     assert all(p.grad is None for net in (training.model, training.nets.critic) for p in net.parameters())
 
 
+def test_a_stage_lets_go_of_the_critic_and_the_teacher_before_it():
+    training = small_training("rectified_flow:0.4,adversarial/critic=conv:0.3,rectified_flow:0.3", 10)
+    for _ in range(6):
+        training.step()
+    before = [weakref.ref(net) for net in (training.nets.critic, training.nets.teacher, training.critic_optimizer)]
+    for _ in range(3):
+        training.step()
+    gc.collect()
+    assert training.nets.critic is None and [one() for one in before] == [None] * 3
+
+
+def test_the_students_batch_draws_nothing_for_the_critic():
+    objective = make_objective("adversarial/warped=0.5", CustomScheduler(16))
+    images = torch.zeros(16, 3, 8, 8, dtype=torch.uint8)
+    student, critic = (engine.global_batch(images, objective, 8, 0, 0, World(), None, s)[2] for s in (0, 1))
+    assert set(critic) - set(student) == {"penalised", "step", "warped", "displacement"}
+
+
 def test_every_step_stream_and_seed_has_its_own_images_and_noise():
     objective = make_objective("rectified_flow", CustomScheduler())
     images = torch.arange(200, dtype=torch.uint8).reshape(200, 1, 1, 1).expand(200, 1, 1, 2)
@@ -304,7 +324,7 @@ def test_accumulation_does_not_change_the_gradient(model):
     model.eval()  # dropout's masks do depend on the slices
     nets = nets_of(model)
     data, noise = batch(16)
-    draw = model.objective.draw(data.shape)
+    draw = model.objective.draw_for_critic(data.shape)
     losses = [(model.objective.loss, model)] + ([(model.objective.critic_loss, nets.critic)] if nets.critic else [])
     for loss_function, trained in losses:
         gradients = []
@@ -755,7 +775,7 @@ def test_held_jumps_are_all_but_the_last():
 def test_a_critics_loss_leaves_the_student_alone(name, randomised):
     model = randomised(create_custom_model(objective=name, unet="small", image_size=32))
     nets, (data, noise) = nets_of(model), batch(4)
-    draw = model.objective.draw(data.shape)
+    draw = model.objective.draw_for_critic(data.shape)
     model.objective.critic_loss(nets, data, noise, 0.3, draw)[0].mean().backward()
     assert all(p.grad is None for p in model.parameters())
 
@@ -809,7 +829,7 @@ def test_losses_and_penalty_of_a_linear_critic(randomised):
     objective = "adversarial/gamma=0.3/augmented=false"
     model = randomised(create_custom_model(objective=objective, unet="small", image_size=32))
     data, noise = batch(8)
-    nets, draw = nets_of(model)._replace(critic=Linear()), model.objective.draw(data.shape)
+    nets, draw = nets_of(model)._replace(critic=Linear()), model.objective.draw_for_critic(data.shape)
     assert draw["penalised"].sum() == 2
     draw["penalised"] = draw["nfe"] > 1  # two as well: one of each
     loss, logs = model.objective.critic_loss(nets, data, noise, 0.0, draw)
@@ -855,7 +875,10 @@ def test_octave_noise_has_unit_variance_and_as_much_of_each_octave(size):
     f = torch.hypot(cycles[:, None], cycles)
     octaves = [power[(f >= 2**k) & (f < 2 ** (k + 1))].sum() for k in range(size.bit_length() - 2)]
     assert all(0.5 < octave / octaves[0] < 2 for octave in octaves), octaves
-    step = make_objective("adversarial", create_custom_model(unet="small").scheduler).draw((64, 3, size, size))["step"]
+    objective = make_objective("adversarial", create_custom_model(unet="small").scheduler)
+    draw = objective.draw_for_critic((254, 3, size, size))  # 63 or 64 of them are penalised
+    step = draw["step"][draw["penalised"]]
+    assert len(step) >= 63 and not draw["step"][~draw["penalised"]].any()
     assert step.std().item() == pytest.approx(0.01, rel=0.1)
     assert step.diff(dim=-1).var() < step.var()  # twice of it in white noise
 
@@ -926,7 +949,7 @@ def test_each_augmentation_does_what_it_says():
 def test_a_critic_sees_both_images_augmented_alike_and_slopes_in_float32(randomised):
     model = randomised(create_custom_model(objective="adversarial/critic=conv", unet="small", image_size=32))
     nets, (data, noise) = nets_of(model), batch(4)
-    draw, seen, kinds = model.objective.draw(data.shape), [], []
+    draw, seen, kinds = model.objective.draw_for_critic(data.shape), [], []
     fake = sample_through(model, noise, draw["nfe"], draw["position"])[0]
     nets.critic.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     nets.critic.head.register_forward_hook(lambda _, inputs, output: kinds.append(output.dtype))
@@ -1010,8 +1033,8 @@ def test_the_critic_learns_from_a_share_of_faces_whose_lines_wobble():
     model = create_custom_model(objective="adversarial/warped=0.5/augmented=false", unet="small", image_size=32)
     plain = make_objective("adversarial/augmented=false", model.scheduler)
     nets, (data, noise) = nets_of(model), batch(32)
-    draw = model.objective.draw(data.shape)
-    assert set(draw) - set(plain.draw(data.shape)) == {"warped", "displacement"}
+    draw = model.objective.draw_for_critic(data.shape)
+    assert set(draw) - set(plain.draw_for_critic(data.shape)) == {"warped", "displacement"}
     rows = draw["warped"].flatten()
     assert 6 < rows.sum() < 26
     seen = []

@@ -56,10 +56,9 @@ def test_pairs_are_made_once_and_go_on_where_they_were(teacher, workdir, monkeyp
     whole = np.array(images)
 
     # As if killed after the first of four chunks.
-    done = np.load(folder / "done.npy")
-    done[1:] = False
-    np.save(folder / "done.npy", done)
-    np.save(folder / "images.npy", np.where(np.arange(200)[:, None, None, None] < room.CHUNK, whole, 0))
+    both = np.load(folder / "pairs.npy")
+    (folder / "pairs.npy").unlink()
+    np.save(folder / "0.npy", both[:, : room.CHUNK])
     solved = []
     calls = []
 
@@ -72,10 +71,11 @@ def test_pairs_are_made_once_and_go_on_where_they_were(teacher, workdir, monkeyp
     monkeypatch.setattr(room, "solve", interrupted)
     with pytest.raises(UserError, match="stopped while generating pairs: the same command goes on"):
         load_pairs(teacher, SHAPE, reflow(), seed=1)
-    assert np.load(folder / "done.npy").tolist() == [True, True, False, False]
+    assert sorted(path.name for path in folder.glob("*.npy")) == ["0.npy", "1.npy"]
     monkeypatch.setattr(room, "solve", lambda model, eps, *how: solved.append(len(eps)) or solve(model, eps, *how))
     assert np.array_equal(load_pairs(teacher, SHAPE, reflow(), seed=1)[1], whole)
     assert solved == [64, 8, 16]  # what was missing, then the check
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "pairs.npy"]
     load_pairs(teacher, SHAPE, reflow(), seed=2)
     assert len(list((workdir / "data/cache").iterdir())) == 2
 
@@ -83,14 +83,21 @@ def test_pairs_are_made_once_and_go_on_where_they_were(teacher, workdir, monkeyp
 def test_pairs_that_are_not_the_teachers_are_refused(teacher, workdir):
     load_pairs(teacher, SHAPE, reflow(), seed=1)
     (folder,) = (workdir / "data/cache").iterdir()
-    for name in ("noise", "images"):
-        kept = np.load(folder / f"{name}.npy")
-        chunk = (np.arange(200) // room.CHUNK == 2)[:, None, None, None]
-        for damaged in (kept[::-1], np.where(chunk, 0, kept)):
-            np.save(folder / f"{name}.npy", damaged)
+    kept = np.load(folder / "pairs.npy")
+    chunk = (np.arange(200) // room.CHUNK == 2)[:, None, None, None]
+    for which in range(2):
+        for damaged in (kept[which, ::-1], np.where(chunk, 0, kept[which])):
+            np.save(folder / "pairs.npy", np.stack([damaged, kept[1]] if which == 0 else [kept[0], damaged]))
             with pytest.raises(UserError, match="pair .* of .* is not what the teacher makes of its noise: delete"):
                 load_pairs(teacher, SHAPE, reflow(), seed=1)
-        np.save(folder / f"{name}.npy", kept)
+
+
+def test_no_seed_makes_pairs_of_noise_that_is_scored(teacher, workdir):
+    """A CPU generator tells 32 bits of a seed apart: beyond lies 0, the first of a report's."""
+    for seed in (45097, 139586):
+        load_pairs(teacher, SHAPE, reflow("pairs=50000/solver=euler/solver_steps=1"), seed=seed)
+    firsts = [json.loads(path.read_text())["first_noise"] for path in workdir.glob("data/cache/*/manifest.json")]
+    assert len(firsts) == 2 and all(2**31 <= first <= 2**32 - 50_000 for first in firsts)
 
 
 def test_bad_wishes_get_one_clear_line(teacher, workdir, monkeypatch):

@@ -77,8 +77,8 @@ def ablate(args: argparse.Namespace) -> None:
         name, colon, setting = change.partition(":")
         flag, equals, value = setting.partition("=")
         if not (name and colon and flag) or equals and not value or name in changes:
-            raise UserError(f"--change {change!r} is not of the form name:flag=value with a name of its own")
-        changes[name] = [f"--{flag}", *[value] * bool(equals)]  # some flags have no value
+            raise UserError(f"--change {change!r} is not of the form name:flag[=value] with a name of its own")
+        changes[name] = [f"--{flag}", *([value] if equals else [])]  # some flags have no value
         refuse_flags(changes[name], [*OURS, "image_size"], "in --change")  # of one size, to be compared
     data = ["--data_root", args.data_root, "--split_dir", args.split_dir, "--device", args.device]
     commands = {
@@ -144,7 +144,7 @@ def write_comparison(checkpoints: dict[str, Path], args: argparse.Namespace) -> 
     out = Path(args.out)
     write_json(out / "comparison.json", content)
     with replacing(out / "comparison.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     curves = {name: {int(nfe): found[name]["distance"] for nfe, found in content["nfe"].items()} for name in models}
     plot_distances(curves, features.distance, floor, "sampling seeds", out / "comparison.png")
     print("\n".join(lines))

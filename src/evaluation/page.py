@@ -110,7 +110,7 @@ def write_page(folder: Path, content: dict, figures: Figures) -> None:
         f"<title>{html.escape(name)}</title><style>{STYLE}</style><body>{''.join(parts)}<script>{SCRIPT}</script></body></html>"
     )
     with replacing(folder / "report.html") as temporary:
-        temporary.write_text(page)
+        temporary.write_text(page, encoding="utf-8")
 
 
 def _score_table(content: dict) -> str:

@@ -95,13 +95,14 @@ class Adversarial(Objective):
 
     def draw(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         nfe, position = in_turn(DRAWN, shape[0]).unbind(1)
-        draw = {
-            "nfe": nfe,
-            "position": position,
-            "penalised": (torch.arange(shape[0]) + torch.randint(4, ())) % 4 == 0,
-            "step": octave_noise(shape) * self.STEP,
-            "augmentation": torch.rand(shape[0], 6),
-        }
+        return {"nfe": nfe, "position": position, "augmentation": torch.rand(shape[0], 6)}
+
+    def draw_for_critic(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        draw = self.draw(shape)
+        draw["penalised"] = (torch.arange(shape[0]) + torch.randint(4, ())) % 4 == 0
+        draw["step"] = torch.zeros(shape)
+        noise = octave_noise((-(-shape[0] // 4), *shape[1:]))  # of no other rows: it is slow
+        draw["step"][draw["penalised"]] = noise[: draw["penalised"].sum()] * self.STEP
         if self.warped:
             draw["warped"] = torch.rand(shape[0], 1, 1, 1) < self.warped
             draw["displacement"] = wobble(shape)

@@ -56,6 +56,7 @@ class AlphaFlow(JumpRegression):
         t_grid, d_grid = dyadic(batch_size, 4)
         on_grid = torch.rand(batch_size) < self.grid
         t, r = torch.rand(2, batch_size).sort(dim=0, descending=True).values
+        t = t.clamp(min=1e-3)  # so that no jump, of 1e-3 at least, ends below 0
         return torch.where(on_grid, t_grid, t), torch.where(on_grid, d_grid, (t - r).clamp(min=1e-3))
 
     def target(self, nets: Nets, x_t: Tensor, t: Tensor, d: Tensor, v: Tensor, progress: float) -> Tensor:

@@ -2,25 +2,18 @@
 
 An objective is a loss on the flow map u(x_t, t, d), the mean velocity from time t down to t - d, so that
 x_{t-d} = x_t - d * u(x_t, t, d). d = 0 is the instantaneous velocity. A class in a file of its own, its options
-being dataclass fields:
+being dataclass fields, with `draw` and `loss`:
 
     @dataclass(eq=False)
     class Name(Objective):
         option: float = 0.5
-
-        def draw(self, shape) -> dict[str, Tensor]
-        def loss(self, nets, data, noise, progress, draw) -> tuple[Tensor, dict[str, Tensor]]
-
-`draw` makes every random choice of one global batch of `shape` [B, ...] at once: tensors [B, ...] on the CPU,
-which the engine slices along with the data. So neither accumulation nor the number of processes changes what is
-learned from a sample. `loss` returns the per-sample loss [B], unreduced, and logs: a 1-d tensor of per-sample
-values for each name, of any length, averaged by the engine. `progress` in [0, 1] is the share of the stage done.
 
 An objective with a critic also has `make_critic`, and `critic_loss` like `loss`; the engine steps the critic's own
 optimizer `critic_steps` times before each step of the student.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -34,7 +27,8 @@ from src.utils import UserError
 
 
 class Nets(NamedTuple):
-    """The models an objective may ask for; all but the critic with `predict(xt, t, d)` and `jump(xt, t, t_next)`."""
+    """The models an objective may ask for. Student, EMA and teacher have `predict(xt, t, d)` and `jump(xt, t, t_next)`;
+    a critic has what its objective gives it."""
 
     student: nn.Module
     ema: nn.Module
@@ -43,8 +37,8 @@ class Nets(NamedTuple):
 
 
 @dataclass(eq=False)
-class Objective:
-    """What an objective has that it does not say itself.
+class Objective(ABC):
+    """A loss on the flow map, and what the engine must know of it; a subclass overrides what differs.
 
     Args:
         rate: multiple of the run's learning rate.
@@ -84,6 +78,30 @@ class Objective:
             for field in fields(self):
                 if field.name in names and not fits(getattr(self, field.name)):
                     raise UserError(f"the option {field.name} must {wish}, got {getattr(self, field.name)}")
+
+    @abstractmethod
+    def draw(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Every random choice of one global batch of `shape` [B, ...]: tensors [B, ...] on the CPU.
+
+        The engine slices them along with the data, so neither accumulation nor the number of processes changes what is
+        learned from a sample.
+        """
+
+    @abstractmethod
+    def loss(
+        self, nets: Nets, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The per-sample loss [B], unreduced, and logs: 1-d tensors of any length, which the engine averages.
+
+        Args:
+            data, noise: images in [-1, 1] and Gaussian noise, [B, 3, H, W].
+            progress: the share of the stage that is done, in [0, 1].
+            draw: rows of what `draw` made.
+        """
+
+    def draw_for_critic(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """As `draw`, for a batch of the critic's."""
+        return self.draw(shape)
 
     @classmethod
     def defaults(cls) -> dict:

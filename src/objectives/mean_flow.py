@@ -50,6 +50,7 @@ class MeanFlow(JumpRegression):
         """t and r in order, from logit-normals (-0.6, 1.6) and (-4, 1.6), as in the authors' code for CIFAR-10."""
         t, r = ((torch.randn(batch_size) * 1.6 + mean).sigmoid() for mean in (-0.6, -4.0))
         t, r = torch.maximum(t, r), torch.minimum(t, r)
+        t = t.clamp(min=1e-4)  # so that no jump, of 1e-4 at least, ends below 0
         return t, (t - r).clamp(min=1e-4)
 
     def target(self, nets: Nets, x_t: Tensor, t: Tensor, d: Tensor, v: Tensor, progress: float) -> Tensor:

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ class World(NamedTuple):
         # Without device_ids: the inputs stay where the engine put them, the objectives' draws on the CPU.
         return DistributedDataParallel(module) if self.size > 1 else module
 
-    def synchronised(self, module: nn.Module, last: bool):
+    def synchronised(self, module: nn.Module, last: bool) -> AbstractContextManager:
         """Around one slice of a batch: only the last slice's backward pass exchanges gradients."""
         return nullcontext() if last or self.size == 1 else module.no_sync()
 
@@ -84,6 +84,9 @@ class World(NamedTuple):
             dist.barrier(group=self.hosts)
 
 
+ALONE = World()
+
+
 @contextmanager
 def joined(device_name: str) -> Iterator[tuple[World, torch.device]]:
     """Join the other processes if `torchrun` started this one (gloo on CPUs, NCCL on GPUs).
@@ -92,15 +95,15 @@ def joined(device_name: str) -> Iterator[tuple[World, torch.device]]:
     """
     device = pick_device(device_name)
     if "RANK" not in os.environ:
-        yield World(), device
+        yield ALONE, device
         return
     try:
         rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     except (KeyError, ValueError) as error:
-        told = "RANK is set, but not all of LOCAL_RANK and WORLD_SIZE"
-        raise UserError(f"{told} ({error}): start with torchrun, or unset it") from None
+        fault = "RANK is set, but RANK, LOCAL_RANK and WORLD_SIZE are not all numbers"
+        raise UserError(f"{fault} ({error}): start with torchrun, or unset it") from None
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank)
+        device = pick_device(f"cuda:{local_rank}")
         torch.cuda.set_device(device)
     # The others wait while rank 0 downloads, decodes, scores or saves.
     patience = timedelta(hours=6)

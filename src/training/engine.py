@@ -14,7 +14,7 @@ from torch import Tensor
 from src.objectives.contract import Nets, Objective
 from src.training import fusing
 from src.training.data import batch_indices, to_batch
-from src.training.distributed import World
+from src.training.distributed import ALONE, World
 from src.training.ema import EMA, PowerEMA
 from src.training.pairs import load_pairs
 from src.training.recipe import CITATIONS, Recipe, Stage
@@ -34,7 +34,9 @@ class Loss(nn.Module):
         self.trained = trained
         self.call = [loss, nets]  # in a list, so that the others are no submodules and DDP leaves them alone
 
-    def forward(self, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]):
+    def forward(
+        self, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         loss, nets = self.call
         return loss(nets, data, noise, progress, draw)
 
@@ -79,7 +81,7 @@ def global_batch(
     world: World,
     pairs: tuple[np.ndarray, np.ndarray] | None = None,
     stream: int = 0,
-):
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """This process's rows of the step's batch: data, noise [B, 3, H, W], and the objective's draws.
 
     Every process draws the whole batch's randomness and keeps its own rows, so that their number changes nothing.
@@ -91,7 +93,7 @@ def global_batch(
     seed_step(seed, step, stream)
     data = to_batch(images, batch_indices(len(images), batch_size, seed + stream, step))
     noise = torch.randn_like(data)
-    draw = objective.draw(tuple(data.shape))
+    draw = (objective.draw_for_critic if stream else objective.draw)(tuple(data.shape))
     rows = slice(world.rank * batch_size // world.size, (world.rank + 1) * batch_size // world.size)
     data, noise, draw = data[rows], noise[rows], {name: value[rows] for name, value in draw.items()}
     if pairs is not None:
@@ -113,7 +115,7 @@ def accumulate_gradient(
     progress: float,
     slices: int = 1,
     bf16: bool = False,
-    world: World = World(),  # noqa: B008 (an immutable tuple)
+    world: World = ALONE,
 ) -> dict[str, list[Tensor]]:
     """Add the gradient of the batch's mean loss to the model's, computed slice by slice.
 
@@ -143,7 +145,7 @@ class Training:
         images: uint8 [N, 3, H, W]; kept whole on the model's device.
     """
 
-    def __init__(self, model, images: np.ndarray, recipe: Recipe, stages: list[Stage], world: World = World()):  # noqa: B008
+    def __init__(self, model, images: np.ndarray, recipe: Recipe, stages: list[Stage], world: World = ALONE):
         self.slices = recipe.slices(len(images), world, stages)
         self.model, self.recipe, self.stages, self.world = model.train(), recipe, stages, world
         self.bf16 = has_bf16(model.device)
@@ -179,6 +181,8 @@ class Training:
         """Set up the stage of this index, around the weights that the model has."""
         model, recipe, objective = self.model, self.recipe, self.stages[index].objective
         self.index, self.pairs = index, None
+        # Let go of the stage before, its teacher and its critic, before this one's are made.
+        self.nets = self.optimizer = self.loss_module = self.critic_optimizer = self.critic_loss_module = None
         self.first_step = sum(stage.steps for stage in self.stages[:index])
         teacher = critic = None
         if objective.needs_teacher:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src.training.checkpoints import best_score, clear_leftovers, load_last, save_averages, save_last
-from src.training.distributed import World
+from src.training.distributed import ALONE, World
 from src.training.engine import Training
 from src.training.recipe import FREE, Recipe, Stage, Teacher, history
 from src.training.record import Metrics, RunRecord, early_preview, environment, plot_curves, save_previews
@@ -29,7 +29,7 @@ def train(
     stages: list[Stage],
     save_dir: Path,
     arguments: dict,
-    world: World = World(),  # noqa: B008
+    world: World = ALONE,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     teacher: Teacher | None = None,
 ) -> int:
@@ -53,7 +53,7 @@ def train(
     settings = {name: value for name, value in asdict(recipe).items() if name not in FREE}
     # The steps of a single stage may grow, unless its loss or its rates depend on how many there are.
     fixed = len(stages) > 1 or stages[0].objective.follows_progress or stages[0].objective.steady < 1
-    written = [[stage.name, stage.objective.options(), *[stage.steps][:fixed]] for stage in stages]
+    written = [[stage.name, stage.objective.options(), *([stage.steps] if fixed else [])] for stage in stages]
     identity = {
         "model": model_config,
         "data": data_hash,
@@ -157,7 +157,7 @@ def train(
             left = time.monotonic()
             if first and (at_interval or stopped):
                 if at_interval:
-                    export(f"checkpoint_iter_{step}.pt", *["final_model.pt"] * finished)
+                    export(f"checkpoint_iter_{step}.pt", *(["final_model.pt"] if finished else []))
                 save()
             if first and evaluate and scoring and not metrics.scored(step):  # saved before: it takes a while
                 with torch.compiler.set_stance("force_eager"):  # its batches have other shapes

@@ -1,4 +1,4 @@
-"""(noise, image) pairs of a teacher's ODE: generated once, kept as memory-mapped arrays, checked by regenerating."""
+"""(noise, image) pairs of a teacher's ODE: generated once, kept as a memory-mapped array, checked by regenerating."""
 
 import hashlib
 import json
@@ -13,10 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src.objectives.contract import Objective, eval_mode, heun_step
-from src.training.distributed import World
-from src.utils import CACHE, UserError, on_stop, weights_hash, write_json
+from src.training.distributed import ALONE, World
+from src.utils import CACHE, UserError, on_stop, replacing, weights_hash, write_json
 
-CHUNK = 64  # pairs that are generated, written and marked as done together
+PAIRS = "pairs.npy"
+CHUNK = 64  # pairs that are generated and written together
 VERIFIED = 16  # pairs that are generated once more, to see whether they are the teacher's
 FIRST_NOISE = 2**31  # to 2**32, all that a generator tells apart: far from the seeds of samples that are scored
 
@@ -39,34 +40,30 @@ def solve(teacher, noise: Tensor, solver: str, steps: int) -> Tensor:
 
 
 def load_pairs(
-    teacher,
-    shape: tuple[int, ...],
-    objective: Objective,
-    seed: int,
-    world: World = World(),  # noqa: B008
+    teacher, shape: tuple[int, ...], objective: Objective, seed: int, world: World = ALONE
 ) -> tuple[np.ndarray, np.ndarray]:
     """Noise and images, float16 [pairs, *shape] each, memory-mapped: what is missing of them is generated first.
 
-    A folder in data/cache, named by all that the pairs depend on (its manifest.json); processes share the work, and
-    an interrupted one goes on where it was.
+    A folder in data/cache, named by all that the pairs depend on (its manifest.json). Processes share the work and
+    write a file for each chunk, of which rank 0 makes one; what was interrupted goes on where it was.
 
     Args:
         objective: says `pairs`, `solver` and `solver_steps`.
     Raises: UserError if the pairs there are not what the teacher makes of their noise.
     """
+    count = objective.pairs
     manifest = {
         "teacher": weights_hash(teacher),
         "solver": objective.solver,
         "steps": objective.solver_steps,
-        "first_noise": FIRST_NOISE + seed * 1_000_003 % FIRST_NOISE,
-        "pairs": objective.pairs,
+        "first_noise": FIRST_NOISE + seed * 1_000_003 % max(1, FIRST_NOISE - count),
+        "pairs": count,
         "shape": list(shape),
     }
     folder = CACHE / f"pairs-{hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:16]}"
-    missing = world.from_rank_0(lambda: _allocate(folder, manifest))
+    missing = world.from_rank_0(lambda: _missing(folder, manifest))
     if not (folder / "manifest.json").exists():
         raise UserError(f"{folder} is not on this machine: several machines need one data/cache on a shared disk")
-    noise, images, done = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("noise", "images", "done"))
 
     def generated(indices: Iterable[int]) -> tuple[Tensor, Tensor]:
         own = [torch.Generator().manual_seed(manifest["first_noise"] + i) for i in indices]
@@ -80,15 +77,13 @@ def load_pairs(
 
     with on_stop(stop):
         for chunk in tqdm(own, desc=f"pairs -> {folder}", unit=f"x{CHUNK}", disable=world.rank > 0 or not own):
-            rows = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, objective.pairs))
-            noise[rows], images[rows] = (x.half().cpu().numpy() for x in generated(range(rows.start, rows.stop)))
-            noise.flush(), images.flush()
-            done[chunk] = True
-            done.flush()
-    world.any(False)  # wait for each other
-    if not done.all():
-        raise UserError(f"{folder} is incomplete ({int(done.sum())} of {len(done)} parts): the same command goes on")
-    some = np.random.default_rng(seed).choice(objective.pairs, min(VERIFIED, objective.pairs), replace=False)
+            made = generated(range(chunk * CHUNK, min((chunk + 1) * CHUNK, count)))
+            with replacing(folder / f"{chunk}.npy") as temporary, temporary.open("wb") as file:
+                np.save(file, torch.stack(made).half().cpu().numpy())
+        world.any(False)  # wait for each other
+        world.from_rank_0(lambda: _join(folder, (2, count, *shape)))
+    noise, images = np.load(folder / PAIRS, mmap_mode="r")
+    some = np.random.default_rng(seed).choice(count, min(VERIFIED, count), replace=False)
     with torch.compiler.set_stance("force_eager"):  # their number is another than a batch's
         again = [x.cpu().numpy() for x in generated(some.tolist())]
     for row, eps, image in zip(some, *again, strict=True):
@@ -98,22 +93,29 @@ def load_pairs(
     return noise, images
 
 
-def _allocate(folder: Path, manifest: dict) -> list[int]:
-    """The chunks that are missing, after making room for them."""
-    if (folder / "manifest.json").exists():
-        return np.flatnonzero(~np.load(folder / "done.npy")).tolist()
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = (manifest["pairs"], *manifest["shape"])
-    needed = 2 * 2 * math.prod(shape)
-    if shutil.disk_usage(folder).free < needed:  # a memory map on a full disk would kill the process
+def _missing(folder: Path, manifest: dict) -> list[int]:
+    """The chunks that are to be generated; UserError if there is no room for them."""
+    if (folder / PAIRS).exists():
+        return []
+    there = {path.name for path in folder.glob("*.npy")}  # listed: shared disks remember for a while what was not there
+    needed = 4 * math.prod(manifest["shape"]) * (2 * manifest["pairs"] - CHUNK * len(there))  # as chunks, and joined
+    if shutil.disk_usage(folder.parent if folder.parent.exists() else ".").free < needed:
         raise UserError(
             f"{folder} needs {needed / 1e9:.1f} GB for the pairs: make room, or ask for fewer (reflow/pairs=N)"
         )
-    for name, kind, size in (
-        ("noise", np.float16, shape),
-        ("images", np.float16, shape),
-        ("done", np.bool_, (-(-manifest["pairs"] // CHUNK),)),
-    ):
-        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, size).flush()
     write_json(folder / "manifest.json", manifest)
-    return list(range(-(-manifest["pairs"] // CHUNK)))
+    return [i for i in range(-(-manifest["pairs"] // CHUNK)) if f"{i}.npy" not in there]
+
+
+def _join(folder: Path, shape: tuple[int, ...]) -> None:
+    """All chunks as one array, which is there whole or not at all; then they are deleted."""
+    parts = [folder / f"{i}.npy" for i in range(-(-shape[1] // CHUNK))]
+    if not (folder / PAIRS).exists():
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        with replacing(folder / PAIRS) as temporary, temporary.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for which in range(2):
+                for part in parts:
+                    file.write(np.load(part, mmap_mode="r")[which].tobytes())
+    for part in parts:
+        part.unlink(missing_ok=True)
