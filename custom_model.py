@@ -5,15 +5,14 @@ u(x_t, t, d), the mean velocity from t down to t - d, with d as the U-Net's extr
 differ only in their loss on u (`src/objectives/`); one sampler walks any grid of times with one call a jump.
 """
 
-import itertools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from src.base_model import BaseGenerativeModel, BaseScheduler
+from src.filters import non_local_means, unsharp_mask
 from src.network import UNet
 from src.objectives import make_objective, parse_objective
 from src.objectives.contract import Nets, eval_mode
@@ -25,7 +24,6 @@ UNETS = {
     "small": dict(ch=32, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=1, dropout=0.1),
 }
 IMAGE_SIZES = (64, 32)
-SMOOTHED = 8  # how far, in pixels each way, a smoothed pixel looks
 # Densities of the training times, and the keys of references.bib for those of others.
 TIME_SAMPLINGS = {"uniform": (), "u_shaped": ("lee2024improving",), "logit_normal": ("esser2024scaling",)}
 
@@ -40,8 +38,8 @@ class CustomScheduler(BaseScheduler):
             (arXiv:2403.03206, section 3.1).
         time_grids: {NFE: [1, ..., 0]}, decreasing times for `sample`; uniform grids for NFEs not named.
         asking: {NFE: part}, how much of a jump the network is asked for late on the way, see `asked_until`.
-        smoothing, sharpening: {NFE: sigma}, {NFE: amount}, how `smooth` and then `sharpen` treat its samples; those of
-            NFEs not named stay as they are.
+        smoothing, sharpening: {NFE: sigma}, {NFE: amount} of `src/filters.py` for its samples; those of NFEs not named
+            stay as they are.
     """
 
     def _setup(
@@ -96,10 +94,11 @@ class CustomScheduler(BaseScheduler):
         return self.time_grids.get(nfe) or [1 - i / nfe for i in range(nfe + 1)]
 
     def asked_until(self, t: float, t_next: float, nfe: int) -> float:
-        """Down to which time the network is asked for the mean velocity of the jump from t to t_next, one of nfe.
+        """The time down to which the network is asked for the mean velocity, for the jump from t to t_next, one of nfe.
 
-        To t_next; but from t = 1/2 on, `asking` may name a part of the way, whose velocity then takes the whole of it.
-        After an adversarial stage, that gave better samples (benchmarks/LOG.md, "late jumps"); why is not known.
+        It is t_next; but for jumps from t <= 1/2, `asking` may shorten the way to a part, whose velocity is then used
+        for all of it. After an adversarial stage that gave better samples (benchmarks/LOG.md, "late jumps"); why is not
+        known.
         """
         if t > 0.5 or nfe not in self.asking:
             return t_next
@@ -114,39 +113,13 @@ class CustomScheduler(BaseScheduler):
         """Jump from x_t to x_{t_next} = x_t - (t - t_next) u; xt and pred [B, ...], times [B]."""
         return xt - expand_t(t - t_next, xt) * pred
 
-    def smooth(self, x: Tensor, nfe: int) -> Tensor:
-        """Samples [B, C, H, W] of `nfe` jumps, without the grain that few jumps leave in even areas.
-
-        Four times, a pixel becomes the mean of the 17x17 around it, weighed by exp(-d / (2 sigma^2)): d is the squared
-        difference of the two pixels' surroundings, a mean over channels and, as `blurred` weighs them, the 3x3. So
-        edges are left alone, and grain is told from them by more than one pixel. It is the non-local means of Buades,
-        Coll and Morel (CVPR 2005). sigma is in units of x, whose range is about [-1, 1].
-        """
-        sigma = self.smoothing.get(nfe)
-        if sigma is None:
-            return x
-        height, width = x.shape[-2:]
-        for _ in range(4):
-            padded = F.pad(x, (SMOOTHED,) * 4, mode="replicate")
-            total, weights = torch.zeros_like(x), torch.zeros_like(x[:, :1])
-            for i, j in itertools.product(range(2 * SMOOTHED + 1), repeat=2):  # summed up: 289 images are much memory
-                near = padded[..., i : i + height, j : j + width]
-                weight = (-blurred((near - x).square().mean(1, keepdim=True)) / (2 * sigma**2)).exp()
-                total, weights = total + weight * near, weights + weight
-            x = total / weights
-        return x
-
-    def sharpen(self, x: Tensor, nfe: int) -> Tensor:
-        """Samples [B, C, H, W] of `nfe` jumps, with the contrast that few jumps lose at edges.
-
-        x + amount (x - blurred x), unsharp masking (Gonzalez and Woods, Digital Image Processing, section 3.6).
-        """
-        amount = self.sharpening.get(nfe)
-        return x if amount is None else x + amount * (x - blurred(x))
-
     def filtered(self, x: Tensor, nfe: int) -> Tensor:
-        """Samples [B, C, H, W] of `nfe` jumps, smoothed and then sharpened."""
-        return self.sharpen(self.smooth(x, nfe), nfe)
+        """Samples [B, C, H, W] of `nfe` jumps, smoothed and then sharpened as the config says for that NFE."""
+        if nfe in self.smoothing:
+            x = non_local_means(x, self.smoothing[nfe])
+        if nfe in self.sharpening:
+            x = unsharp_mask(x, self.sharpening[nfe])
+        return x
 
     def get_target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The velocity v = dx_t/dt = eps - x, the same at every t."""
@@ -160,13 +133,6 @@ def strengths(name: str, given: dict | None) -> dict[int, float]:
         if not 0 < strength < math.inf:
             raise UserError(f"{name} for NFE {nfe} must be a positive number, got {strength}")
     return found
-
-
-def blurred(x: Tensor) -> Tensor:
-    """Means of the 3x3 around each pixel with weights 1, 2, 1 each way; x and result [B, C, H, W]."""
-    x = F.pad(x, (1, 1, 1, 1), mode="replicate")
-    x = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]
-    return (x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]) / 16
 
 
 class CustomGenerativeModel(BaseGenerativeModel):

@@ -31,7 +31,7 @@ ENVIRONMENT = """\
 # Begins every step: packages, faces, the start, where evidence goes. OUT is what is brought back.
 set -e -o pipefail
 mkdir -p results/faces
-needed='import cleanfid.fid, kagglehub, matplotlib.pyplot, scipy.stats, tqdm, PIL.Image'
+needed='import cleanfid.fid, kagglehub, matplotlib.figure, scipy.stats, tqdm, PIL.Image'
 if ! python3 -c "$needed" 2>/dev/null; then
   site=results/site
   if [ ! -d $site ]; then

@@ -18,7 +18,7 @@ from PIL import Image
 from pytorch_fid import fid_score, inception
 from toy import GaussianField
 
-from custom_model import CustomGenerativeModel, CustomScheduler, blurred, create_custom_model
+from custom_model import CustomGenerativeModel, CustomScheduler, create_custom_model
 from dataset import SimpsonsDataModule
 from src.evaluation import features as room
 from src.evaluation import sampler
@@ -27,6 +27,7 @@ from src.evaluation.distances import frechet_distance
 from src.evaluation.reference import write_reference
 from src.evaluation.sampler import choose_strength, save_chosen, search_grid, search_strength
 from src.evaluation.scoring import Scorer, image_features
+from src.filters import blurred
 from src.images import to_pixels
 from src.objectives import make_objective
 from src.utils import UserError, load_model, quantised, read_checkpoint, save_model, save_weights, tensor_to_pil_image

@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from custom_model import CustomGenerativeModel, CustomScheduler, create_custom_model
+from src.filters import non_local_means, unsharp_mask
 from src.utils import UserError
 
 
@@ -89,15 +90,15 @@ def test_smoothing_takes_grain_from_even_areas_and_leaves_edges():
     halves = torch.full((4, 3, 16, 16), -0.5)
     halves[..., 8:] = 0.5
     grain = 0.03 * torch.randn(halves.shape, generator=torch.Generator().manual_seed(0))
-    smooth = scheduler.smooth(halves + grain, 2)
+    smooth = scheduler.filtered(halves + grain, 2)
     assert (smooth - halves).std() < 0.4 * grain.std()
     assert (smooth - halves)[..., 7:9].std() < 0.5 * grain.std()  # a plain mean would be off by a third of the step
     strong = 4 * grain  # twice sigma: a pixel alone would be taken for an edge
-    assert (scheduler.smooth(halves + strong, 2) - halves).std() < 0.35 * strong.std()
+    assert (scheduler.filtered(halves + strong, 2) - halves).std() < 0.35 * strong.std()
     clouds = F.interpolate(grain[..., ::4, ::4], scale_factor=4, mode="bilinear")  # wider than a few pixels
-    assert (scheduler.smooth(halves + clouds, 2) - halves).std() < 0.7 * clouds.std()
-    torch.testing.assert_close(scheduler.smooth(halves, 2), halves)
-    assert torch.equal(scheduler.smooth(halves + grain, 1), halves + grain)  # an NFE that is not named
+    assert (scheduler.filtered(halves + clouds, 2) - halves).std() < 0.7 * clouds.std()
+    torch.testing.assert_close(scheduler.filtered(halves, 2), halves)
+    assert torch.equal(scheduler.filtered(halves + grain, 1), halves + grain)  # an NFE that is not named
     with pytest.raises(UserError, match="smoothing for NFE 2 must be a positive number, got 0.0"):
         CustomScheduler(smoothing={"2": 0})
 
@@ -118,7 +119,7 @@ def test_smoothing_is_the_means_that_it_says():
             weight = np.exp(-apart / (2 * sigma**2))
             total, norm = total + weight * near, norm + weight
         expected = total / norm
-    found = CustomScheduler(smoothing={1: sigma}).smooth(x, 1)[0].numpy()
+    found = non_local_means(x, sigma)[0].numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -126,11 +127,11 @@ def test_sharpening_raises_edges_and_leaves_even_areas():
     scheduler = CustomScheduler(sharpening={"2": 0.5})
     step = torch.zeros(1, 3, 8, 8)
     step[..., 4:] = 1.0
-    sharp = scheduler.sharpen(step, 2)
+    sharp = scheduler.filtered(step, 2)
     # The blur, weights 1/4, 1/2, 1/4, makes 0 and 1 at the edge 1/4 and 3/4: half of that difference goes on top.
     torch.testing.assert_close(sharp[0, 0, 0], torch.tensor([0, 0, 0, -0.125, 1.125, 1, 1, 1]))
     torch.testing.assert_close(sharp, sharp[..., :1, :].expand_as(sharp))  # edges of the image too
-    assert torch.equal(scheduler.sharpen(step, 1), step)  # an NFE that is not named
+    assert torch.equal(scheduler.filtered(step, 1), step)  # an NFE that is not named
     with pytest.raises(UserError, match="sharpening for NFE 2 must be a positive number, got -1.0"):
         CustomScheduler(sharpening={"2": -1})
     assert "gonzalez2018digital" in scheduler.citations
@@ -159,7 +160,7 @@ def test_samples_are_filtered_as_the_config_says(randomised):
     model.scheduler = CustomScheduler(smoothing={2: 0.1}, sharpening={2: 0.5})
     filtered = model.sample(noise.shape, 2, return_traj=True, noise=noise)
     assert torch.equal(filtered[1], plain[1]) and not torch.equal(filtered[2], plain[2])
-    assert torch.equal(filtered[2], model.scheduler.sharpen(model.scheduler.smooth(plain[2], 2), 2))
+    assert torch.equal(filtered[2], unsharp_mask(non_local_means(plain[2], 0.1), 0.5))
     assert torch.equal(model.sample(noise.shape, 2, noise=noise), filtered[2])
 
 

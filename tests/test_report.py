@@ -12,7 +12,7 @@ import cleanfid.fid
 import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 import train as train_py
 from custom_model import create_custom_model
@@ -216,7 +216,7 @@ def test_models_that_differ_in_filters_alone_share_their_samples(runs, tiny_netw
         edited.setattr("src.evaluation.report.inspect.getsource", lambda part: "x = 0.5 * x")
         assert Model(plain, features, device, 16).key != models[0].key
     before = models[1].embedded(2, 0)
-    monkeypatch.setattr("custom_model.SMOOTHED", 1)  # a filter of another form, and of the same strength
+    monkeypatch.setattr("src.filters.RADIUS", 1)  # a filter of another form, and of the same strength
     assert np.array_equal(models[1].embedded(2, 0), before)  # filtered once
     assert not np.array_equal(Model(runs / "smooth/final_model.pt", features, device, 16).embedded(2, 0), before)
 
@@ -354,14 +354,13 @@ def test_ablate_plans_all_before_it_trains_and_compares_no_unfinished_run(faces,
     "values, floor", [((45.0, 40.0, 33.0), 22.0), ((900.0, 700.0, 600.0), 600.0), ((9.0, 3.0, 2.0), 1.8)]
 )
 def test_a_curves_axis_has_numbers(tmp_path, monkeypatch, values, floor):
-    monkeypatch.setattr("matplotlib.pyplot.close", lambda figure: None)
+    figures = []
+    monkeypatch.setattr("src.evaluation.compare.Figure", lambda **how: figures.append(Figure(**how)) or figures[-1])
     curve = {nfe: (value, 0.1) for nfe, value in zip((1, 2, 4), values, strict=True)}
     plot_distances({"one": curve}, "FD-mid", floor, "", tmp_path / "curve.png")
-    axes = plt.gcf().axes[0]
+    axes = figures[0].axes[0]
     low, high = axes.get_ylim()
     assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 2
-    monkeypatch.undo()
-    plt.close("all")
 
 
 def test_mirrored_copies_are_found(faces, workdir, tiny_network):

@@ -16,12 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from pages import PAGES, counted  # noqa: E402
+import numpy as np
+from matplotlib.figure import Figure
+from pages import PAGES, counted
 
 try:
     import typst
@@ -73,7 +70,8 @@ def copied(source: Path, target: Path, remedy: str) -> None:
 
 def plot_losses(runs: list[Path], records: list[dict], target: Path) -> None:
     """Raw (faint) and smoothed loss against images seen, over all runs; lines where a stage ends."""
-    figure, axes = plt.subplots(figsize=(3.6, 1.9), constrained_layout=True)
+    figure = Figure(figsize=(3.6, 1.9), layout="constrained")
+    axes = figure.subplots()
     seen, ends = 0, []
     for run, record in zip(runs, records, strict=True):
         path = run / "metrics.jsonl"
@@ -99,7 +97,6 @@ def plot_losses(runs: list[Path], records: list[dict], target: Path) -> None:
     axes.tick_params(labelsize=7, which="both")
     axes.grid(alpha=0.3, which="both", linewidth=0.4)
     figure.savefig(target)
-    plt.close(figure)
 
 
 def early_samples(run: Path, folder: Path) -> list[dict]:

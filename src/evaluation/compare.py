@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from src.evaluation.distances import frechet_distance
@@ -23,10 +24,6 @@ from src.utils import (
     replacing,
     write_json,
 )
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 OURS = "data_root split_dir device save_dir dry_run".split()  # what `ablate` tells train.py itself
 
@@ -161,7 +158,8 @@ def plot_distances(
         floor: that of training images.
         over: what the intervals are over; "" if there are none.
     """
-    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     nfes = sorted(set().union(*curves.values()))
     for name, found in curves.items():
         means, halves = zip(*found.values(), strict=True)
@@ -181,4 +179,3 @@ def plot_distances(
     axes.legend(fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-    plt.close(figure)

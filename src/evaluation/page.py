@@ -6,14 +6,11 @@ import io
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from src.utils import replacing
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 class Figures(NamedTuple):
@@ -201,7 +198,8 @@ def _uri(png: bytes) -> str:
 def _axes(**labels):
     """Axes in a grey that reads on light and dark ground alike."""
     grey = "#808080"
-    figure, axes = plt.subplots(figsize=(7, 3.5), constrained_layout=True)
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
     axes.set(**labels)
     axes.tick_params(colors=grey, which="both")
     for item in (axes.xaxis.label, axes.yaxis.label):
@@ -217,7 +215,6 @@ def _drawn(figure, axes) -> bytes:
         axes.legend(labelcolor="#808080", framealpha=0)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, format="png", transparent=True)
-    plt.close(figure)
     return buffer.getvalue()
 
 

@@ -26,12 +26,15 @@ class Adversarial(Objective):
     """softplus(D(real) - D(fake)) for the student and with the sign turned for the critic D, on pairs of a real and a
     generated image (arXiv:2501.05441, eq. 2), with penalties on D's gradient at both. D has a last layer for each NFE.
 
-    Images are generated with 1, 2 or 4 jumps, and the gradient goes through all of them (arXiv:2309.17400), divided by
-    the root of their number. The penalties are finite differences (D(x) - D(x + step z))^2 / step^2 (arXiv:2511.22475)
-    on every fourth image, along noise z about as strong in each octave, as natural images are (Field 1987): D's slope
-    in a Sobolev norm (arXiv:1806.06621), which holds down less how D sees grain than white noise does, and more how it
-    sees colour. An anchor holds one of the jumps near that of the model the stage began with, and lets go, of long
-    jumps more than of short ones, which that model takes well already. Student and critic are without dropout.
+    Samples: 1, 2 or 4 jumps; the gradient goes through all of them (arXiv:2309.17400), divided by the root of their
+    number. Student and critic are without dropout.
+
+    Penalties: finite differences (D(x) - D(x + step z))^2 / step^2 (arXiv:2511.22475) on every fourth image, along
+    noise z about as strong in each octave as natural images are (Field 1987). That is D's slope in a Sobolev norm
+    (arXiv:1806.06621): it restrains how D sees grain less than white noise would, and how it sees colour more.
+
+    Anchor: one of the jumps is held near that of the model the stage began with, less and less, and long jumps less
+    than short ones, which that model takes well already.
 
     `matching` adds what the critic's judgement leaves out: that all its features should have the same mean over samples
     as over real images (arXiv:1606.03498, section 3.1), see `feature_gap`.

@@ -42,8 +42,8 @@ class Objective(ABC):
 
     Args:
         rate: multiple of the run's learning rate.
-        steady: share of the stage after which the rates, a critic's too, fall with the square root of the step (on
-            top of the run's own schedule).
+        steady: share of the stage after which the rates, a critic's too, fall with the inverse square root of the step
+            (on top of the run's own schedule).
     """
 
     scheduler: nn.Module

@@ -114,7 +114,7 @@ def _pooled(head: nn.Sequential, h: Tensor) -> Tensor:
 
 
 def _judged(features: Tensor, nfe: Tensor, weight: Tensor) -> Tensor:
-    """Features [B, D] weighed by the row of `weight` [3, D] that belongs to each one's NFE, [B]."""
+    """Features [B, D] weighted by the row of `weight` [3, D] that belongs to each one's NFE, [B]."""
     # No matrix product: autocast would round it. No index: its gradient's sum runs in the order threads come.
     return (features * F.embedding(_place(nfe), weight)).sum(1)
 

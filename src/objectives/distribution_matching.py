@@ -15,7 +15,7 @@ from src.utils import NFES, expand_t
 @dataclass(eq=False)
 class DistributionMatching(Objective):
     """Moves a sample's last jump along the difference of two scores: the teacher's of the data, and that of the
-    samples, learned beside it by a second network (arXiv:2405.14867, eq. 2 and section 4.2; weighed as in
+    samples, learned beside it by a second network (arXiv:2405.14867, eq. 2 and section 4.2; weighted as in
     arXiv:2311.18828, eq. 8).
 
     The last jump of NFE 1, 2 or 4 starts from the student's own state there. The jumps before it are held to the

@@ -10,9 +10,9 @@ from src.objectives.contract import Nets, Objective, eval_mode, heun_step, squar
 
 @dataclass(eq=False)
 class Trajectory(Objective):
-    """||G(G(x_t, t, s), s, 0) - G(G(solver(x_t, t, t'), t', s), s, 0)||^2, with G the EMA wherever it is not the
-    student's first jump, and the teacher as solver (section 3.2, the match of eq. 3 mapped to 0), plus the velocity's
-    regression.
+    """||G(G(x_t, t, s), s, 0) - G(G(solver(x_t, t, t'), t', s), s, 0)||^2 (section 3.2, the match of eq. 3 mapped to
+    0), plus the velocity's regression. The first G on the left is the student's jump, every other the EMA's; the solver
+    is a Heun step of the teacher's.
 
     Without the paper's adversarial part and pretrained distances.
 

@@ -63,7 +63,9 @@ def bring(source: Path | None, target: Path = Path("base_code"), data: Path = Pa
         if found := faults(source):
             raise UserError(f"{source} is not the official base code: {'; '.join(found)}")
         for name in MANIFEST:
-            targets = [target / name] + [data / Path(name).name] * name.startswith("data/")
+            targets = [target / name]
+            if name.startswith("data/"):
+                targets.append(data / Path(name).name)
             for path in targets:
                 with replacing(path) as copy:
                     shutil.copyfile(source / name, copy)

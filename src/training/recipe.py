@@ -19,9 +19,9 @@ class Recipe:
     Args:
         batch_size: images of one optimizer step, over all processes.
         num_iterations: optimizer steps in all.
-        lr: AdamW's learning rate: linear from 0 over `warmup` steps, then constant, and falling with the square
-            root of the step from `lr_decay_start` on; steps of a stage, of which warming up takes a tenth at most
-            where the weights come from a stage before.
+        lr: AdamW's learning rate: linear from 0 over `warmup` steps, then constant, and falling with the inverse square
+            root of the step from `lr_decay_start` on. Steps are counted in each stage; a later one warms up for at most
+            a tenth of its steps.
         grad_clip: largest norm of the gradient.
         ema_decay: weight of the old average at each step.
         micro_batch: most images a process computes at once, in equal slices of its share of the batch; changes the

@@ -9,14 +9,11 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from src.utils import NFES, labelled_grid, replacing, tensor_to_pil_image, write_json
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 def environment(device: torch.device) -> dict:
@@ -117,7 +114,8 @@ def plot_curves(rows: list[dict], path: Path) -> None:
     names = dict.fromkeys(key for row in rows for key in row if key.startswith("loss"))
     if not names:
         return
-    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for name in names:
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if not points:
@@ -137,7 +135,6 @@ def plot_curves(rows: list[dict], path: Path) -> None:
     axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-    plt.close(figure)
 
 
 def save_previews(model, save_dir: Path, step: int, seed: int, count: int = 8) -> None:
