@@ -11,6 +11,7 @@ the matrix rate is measured by bf16 products in the same run.
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
@@ -41,7 +42,7 @@ def seconds(step, steps: int, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def plain_loop(args, device: torch.device):
+def plain_loop(args, device: torch.device) -> Callable[[], None]:
     """One training step as the challenge's base code does it (but with noise that is noise)."""
     torch.manual_seed(0)
     model = create_custom_model(device, objective=args.objective, use_additional_condition=True).train()
@@ -60,7 +61,7 @@ def plain_loop(args, device: torch.device):
     return step
 
 
-def engine(args, device: torch.device):
+def engine(args, device: torch.device) -> Callable[[], None]:
     torch.manual_seed(0)
     model = create_custom_model(device, objective=args.objective, use_additional_condition=True)
     images, _ = load_images(args.data_root, args.split_dir, 64)

@@ -47,7 +47,9 @@ def speeds(trial: Path) -> list[float]:
     return [median(found[len(found) // 2 :]) for found in stages]
 
 
-def fitted(shares: list[tuple[str, float]], seconds: float, images_per_second: list[float], batch_size: int):
+def fitted(
+    shares: list[tuple[str, float]], seconds: float, images_per_second: list[float], batch_size: int
+) -> tuple[str, int]:
     """Stages with shares of the steps, as --stages writes them, and the number of steps that fit the seconds."""
     pairs = zip(shares, images_per_second, strict=True)
     steps = [int(seconds * share * speed / batch_size) for (_, share), speed in pairs]

@@ -130,6 +130,7 @@ def augment(x: Tensor, draw: Tensor) -> Tensor:
     Flip, shift by up to an eighth (zeros beyond), contrast, saturation and brightness; all smooth functions of x.
 
     Args:
+        x: [B, 3, H, W], about [-1, 1]; what comes back may go beyond.
         draw: [B, 6] uniform in [0, 1).
     """
     flip, right, down, contrast, saturation, brightness = (draw[:, i, None, None, None] for i in range(6))

@@ -91,7 +91,7 @@ class DistributionMatching(Objective):
         loss = squared_error(v, self.scheduler.get_target(x_0, tau_noise, tau))
         return loss, {"loss_critic": loss.detach()}
 
-    def _starts(self, student, data: Tensor, noise: Tensor, draw: dict[str, Tensor]):
+    def _starts(self, student, data: Tensor, noise: Tensor, draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """States x_t and jumps (t, s), and which rows are held and which are moved."""
         held, moved = (
             which.nonzero().squeeze(1).to(data.device, non_blocking=True) for which in (draw["hold"], ~draw["hold"])
