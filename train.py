@@ -102,7 +102,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--teacher",
         metavar="CKPT",
-        help="a trained model that the first stage starts from and, if it needs a teacher, learns from",
+        help="a trained model that the first stage starts from and, if it needs a teacher, learns from; "
+        "of a last.ckpt with a critic, that too",
     )
     add("--time_sampling", choices=TIME_SAMPLINGS, default="uniform", help="of training times")
     add("--unet", choices=UNETS, default="full", help="small: experiments only, no submission")
@@ -148,9 +149,10 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def start_from(path: str, model) -> Teacher:
+def start_from(path: str, model) -> tuple[Teacher, dict | None]:
     """Give `model` the weights of a checkpoint and the objective they were trained with.
 
+    Returns: where they were trained, and the weights of the critic beside them, which a run's last.ckpt may hold.
     Raises: UserError if the checkpoint's network is another one.
     """
     teacher = load_model(path, create_custom_model, model.device)
@@ -170,8 +172,10 @@ def start_from(path: str, model) -> Teacher:
     model.load_state_dict(teacher.state_dict())
     model.objective = teacher.objective
     unknown = [{"objective": "unknown", "steps": 0, "citations": []}]  # of an older version: nothing to cite
-    origin = read_checkpoint(path).get("provenance", {})
-    return Teacher(weights_hash(teacher)[:16], origin.get("stages", unknown), origin.get("seed"), origin.get("data"))
+    saved = read_checkpoint(path)
+    origin, critic = saved.get("provenance", {}), saved.get("training", {}).get("critic")
+    taught = origin.get("stages", unknown), origin.get("seed"), origin.get("data")
+    return Teacher(weights_hash(teacher)[:16], *taught), critic
 
 
 def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
@@ -196,7 +200,7 @@ def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
         images, data_hash = load_images(args.data_root, args.split_dir, args.image_size)
     seed_everything(args.seed)
     model = create_custom_model(device, objective=shares[0][0], **settings)
-    taught_by = start_from(args.teacher, model) if args.teacher is not None else None
+    taught_by, critic = start_from(args.teacher, model) if args.teacher is not None else (None, None)
     started_from = model.objective if taught_by else None
     stages = plan(shares, lambda name: make_objective(name, model.scheduler), recipe.num_iterations, started_from)
     model_config = {
@@ -220,7 +224,10 @@ def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
             print(json.dumps(intended, indent=2))
         return
 
+    critic = critic if kinds[0].critic_steps else None
     if world.rank == 0:
+        if critic is not None:
+            print(f"{shares[0][0]} goes on with the critic of {args.teacher}")
         count = sum(p.numel() for p in model.parameters())
         print(f"{', '.join(name for name, _ in shares)} on {len(images)} images ({data_hash}), {count:,} parameters, "
               f"{world.size} x {device.type} -> {save_dir}")  # fmt: skip
@@ -231,7 +238,18 @@ def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
         )
     with alone_in(save_dir) if world.rank == 0 else nullcontext():
         done = train(
-            model, model_config, images, data_hash, recipe, stages, save_dir, arguments, world, evaluate, taught_by
+            model,
+            model_config,
+            images,
+            data_hash,
+            recipe,
+            stages,
+            save_dir,
+            arguments,
+            world,
+            evaluate,
+            taught_by,
+            critic,
         )
     if world.rank > 0:
         return

@@ -287,8 +287,8 @@ def test_a_teacher_must_fit_and_is_what_the_run_starts_from(faces, workdir, rand
     config = {"unet": "small", "image_size": 32, "objective": "rectified_flow"}
     save_model(model, "teacher/model.pt", config, provenance={"stages": stages})
     student = create_custom_model(unet="small", image_size=32, objective="reflow")
-    taught_by = train_py.start_from("teacher/model.pt", student)
-    assert len(taught_by.weights) == 16 and taught_by.stages == stages
+    taught_by, critic = train_py.start_from("teacher/model.pt", student)
+    assert critic is None and len(taught_by.weights) == 16 and taught_by.stages == stages
     assert torch.equal(student.network.head.weight, model.network.head.weight)
     assert type(student.objective).__name__ == "RectifiedFlow"
     other = create_custom_model(unet="small", image_size=64, objective="shortcut", num_train_timesteps=16)
@@ -298,6 +298,34 @@ def test_a_teacher_must_fit_and_is_what_the_run_starts_from(faces, workdir, rand
         "--use_additional_condition False, here True",
     ):
         train_py.start_from("teacher/model.pt", other)
+
+
+def test_a_stage_goes_on_with_its_teachers_critic(faces, workdir, monkeypatch, capsys):
+    flags = f"train.py --data_root {faces} --split_dir {faces} --unet small --image_size 32 --batch_size 4 --device cpu"
+    flags += " --save_interval 1 --log_interval 1 --lr 0.01 --warmup 0"
+
+    def run(stages, steps, folder, *more):
+        whole = [*flags.split(), "--stages", stages, "--num_iterations", str(steps), "--save_dir", folder, *more]
+        monkeypatch.setattr("sys.argv", whole)
+        train_py.main()
+        return torch.load(f"{folder}/last.ckpt", weights_only=True)["training"]
+
+    stages = "rectified_flow:0.34,adversarial/critic=conv:0.66"
+    before = run(stages, 3, "first")["critic"]
+    begun = []
+    began = Training.step
+    monkeypatch.setattr(
+        Training, "step", lambda self: begun.append(copy.deepcopy(self.nets.critic.state_dict())) or began(self)
+    )
+    run("adversarial/critic=conv:1", 1, "kept", "--teacher", "first/last.ckpt")
+    assert all(torch.equal(value, before[name]) for name, value in begun[0].items())
+    assert "adversarial/critic=conv goes on with the critic of first/last.ckpt" in capsys.readouterr().out
+    run("adversarial/critic=conv:1", 1, "new", "--teacher", "first/final_model.pt")
+    assert not torch.equal(begun[1]["tail.weight"], before["tail.weight"])
+    with pytest.raises(
+        UserError, match="critic is of another form than that of adversarial: name a checkpoint without"
+    ):
+        run("adversarial:1", 1, "other", "--teacher", "first/last.ckpt")
 
 
 def test_slices_fit_the_micro_batch_and_are_equal():

@@ -32,6 +32,7 @@ def train(
     world: World = ALONE,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     teacher: Teacher | None = None,
+    critic: dict[str, Tensor] | None = None,
 ) -> int:
     """Train `model` on uint8 `images` [N, 3, H, W]; go on from `save_dir`/last.ckpt if it is there.
 
@@ -45,11 +46,12 @@ def train(
         evaluate: scores a model every `eval_interval` steps: numbers to log, among them "ratio", the lower the
             better; the best so far is kept as `best_model.pt`.
         teacher: where `model` has its weights from, if from another run.
+        critic: weights that the first stage's critic begins with.
     Returns: the steps that are done; fewer than planned if `max_minutes` ended the session.
     Raises: UserError if the loss is no longer finite, the run is stopped by a signal (after saving), or the
         checkpoints in `save_dir` are damaged or another run's (which is left as it is).
     """
-    training = Training(model, images, recipe, stages, world)
+    training = Training(model, images, recipe, stages, world, critic)
     settings = {name: value for name, value in asdict(recipe).items() if name not in FREE}
     # The steps of a single stage may grow, unless its loss or its rates depend on how many there are.
     fixed = len(stages) > 1 or stages[0].objective.follows_progress or stages[0].objective.steady < 1
