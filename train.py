@@ -102,8 +102,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--teacher",
         metavar="CKPT",
-        help="a trained model that the first stage starts from and, if it needs a teacher, learns from; "
-        "of a last.ckpt with a critic, that too",
+        help="a trained model that the first stage starts from and, if it needs a teacher, learns from; a last.ckpt "
+        "with a critic brings that too, for a first stage that needs one",
     )
     add("--time_sampling", choices=TIME_SAMPLINGS, default="uniform", help="of training times")
     add("--unet", choices=UNETS, default="full", help="small: experiments only, no submission")
@@ -224,10 +224,7 @@ def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
             print(json.dumps(intended, indent=2))
         return
 
-    critic = critic if kinds[0].critic_steps else None
     if world.rank == 0:
-        if critic is not None:
-            print(f"{shares[0][0]} goes on with the critic of {args.teacher}")
         count = sum(p.numel() for p in model.parameters())
         print(f"{', '.join(name for name, _ in shares)} on {len(images)} images ({data_hash}), {count:,} parameters, "
               f"{world.size} x {device.type} -> {save_dir}")  # fmt: skip

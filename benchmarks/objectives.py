@@ -41,6 +41,7 @@ from src.utils import (
     load_model,
     one_line_errors,
     pick_device,
+    read_checkpoint,
     read_config,
     tensor_to_pil_image,
     weights_hash,
@@ -180,6 +181,10 @@ def main() -> None:
     start = load_model(args.start, create_custom_model, device)
     if not start.network.use_additional_condition:
         raise UserError(f"{args.start} has no extra condition, which jumps need: train it --use_additional_condition")
+    if "critic" in read_checkpoint(args.start).get("training", {}):
+        raise UserError(
+            f"{args.start} would bring its critic to some of them: name a checkpoint without (final_model.pt)"
+        )
     config = read_config(Path(args.start).with_name("model_config.json"))
     images, data_hash = load_images(args.data_root, args.split_dir, start.image_size)
     chains = {name: parse_stages(name if ":" in name else f"{name}:1") for name in args.objectives}

@@ -128,9 +128,8 @@ def labelled_grid(rows: dict[str, list[Image.Image]], scale: int = 2) -> Image.I
 
 def _temporary(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(
-        f".{path.name}.{secrets.token_hex(4)}.tmp"
-    )  # machines that share a disk share process numbers
+    # Not with the process's number: machines that share a disk may share it.
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 @contextmanager

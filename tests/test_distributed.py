@@ -73,7 +73,7 @@ def test_two_processes_go_through_stages_with_pairs_and_a_critic(faces, workdir,
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (workdir / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == [0, 0, 1, 1, 2, 2] and "critic_right" in rows[-1]
-    # Each process made one of the two chunks; that the images are the teacher's, the run has checked itself.
+    # Of two chunks, one for each process; that the images are the teacher's, the run has checked itself.
     (folder,) = (workdir / "data/cache").glob("pairs-*")
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "pairs.npy"]
     assert (np.abs(np.load(folder / "pairs.npy").astype(np.float32)).reshape(200, -1).max(axis=1) > 0.5).all()

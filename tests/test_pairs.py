@@ -92,6 +92,19 @@ def test_pairs_that_are_not_the_teachers_are_refused(teacher, workdir):
                 load_pairs(teacher, SHAPE, reflow(), seed=1)
 
 
+def test_a_damaged_chunk_is_deleted_and_made_anew(teacher, workdir):
+    whole = np.array(load_pairs(teacher, SHAPE, reflow(), seed=1))
+    (folder,) = (workdir / "data/cache").iterdir()
+    (folder / "pairs.npy").unlink()
+    np.save(folder / "1.npy", whole[:, 64:128])
+    os.truncate(folder / "1.npy", 500)
+    (folder / ".pairs.npy.1234.tmp").write_bytes(b"of a killed process")
+    with pytest.raises(UserError, match="1.npy was damaged and is deleted: the same command goes on"):
+        load_pairs(teacher, SHAPE, reflow(), seed=1)
+    assert np.array_equal(load_pairs(teacher, SHAPE, reflow(), seed=1), whole)
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "pairs.npy"]
+
+
 def test_no_seed_makes_pairs_of_noise_that_is_scored(teacher, workdir):
     """A CPU generator tells 32 bits of a seed apart: beyond lies 0, the first of a report's."""
     for seed in (45097, 139586):

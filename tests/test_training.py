@@ -317,15 +317,27 @@ def test_a_stage_goes_on_with_its_teachers_critic(faces, workdir, monkeypatch, c
     monkeypatch.setattr(
         Training, "step", lambda self: begun.append(copy.deepcopy(self.nets.critic.state_dict())) or began(self)
     )
-    run("adversarial/critic=conv:1", 1, "kept", "--teacher", "first/last.ckpt")
-    assert all(torch.equal(value, before[name]) for name, value in begun[0].items())
-    assert "adversarial/critic=conv goes on with the critic of first/last.ckpt" in capsys.readouterr().out
+
+    def same(a, b):
+        return all(torch.equal(value, b[name]) for name, value in a.items())
+
+    told = "adversarial/critic=conv goes on with the critic of its teacher"
+    two = "adversarial/critic=conv:0.5,adversarial/critic=conv/gamma=1:0.5"
+    run(two, 2, "kept", "--teacher", "first/last.ckpt")
+    assert same(begun[0], before) and not same(begun[1], before)  # the second stage has one of its own
+    assert told in capsys.readouterr().out
+    run(two, 2, "other", "--teacher", "first/last.ckpt", "--max_minutes", "1e-9")
+    assert torch.load("other/last.ckpt", weights_only=True)["training"]["step"] == 1
+    begun.clear()
     run("adversarial/critic=conv:1", 1, "new", "--teacher", "first/final_model.pt")
-    assert not torch.equal(begun[1]["tail.weight"], before["tail.weight"])
+    assert not same(begun[0], before)
+    with monkeypatch.context() as resumed:
+        resumed.setattr(Training, "take_critic", None)  # a run that goes on has its own
+        run(two, 2, "other", "--teacher", "first/last.ckpt")
     with pytest.raises(
         UserError, match="critic is of another form than that of adversarial: name a checkpoint without"
     ):
-        run("adversarial:1", 1, "other", "--teacher", "first/last.ckpt")
+        run("adversarial:1", 1, "unfit", "--teacher", "first/last.ckpt")
 
 
 def test_slices_fit_the_micro_batch_and_are_equal():

@@ -143,19 +143,9 @@ class Training:
     Args:
         model: what the first stage starts from, and learns from if it needs a teacher.
         images: uint8 [N, 3, H, W]; kept whole on the model's device.
-        critic: weights that the first stage's critic begins with; None: new ones.
-    Raises: UserError if that critic is another than the stage makes.
     """
 
-    def __init__(
-        self,
-        model,
-        images: np.ndarray,
-        recipe: Recipe,
-        stages: list[Stage],
-        world: World = ALONE,
-        critic: dict[str, Tensor] | None = None,
-    ):
+    def __init__(self, model, images: np.ndarray, recipe: Recipe, stages: list[Stage], world: World = ALONE):
         self.slices = recipe.slices(len(images), world, stages)
         self.model, self.recipe, self.stages, self.world = model.train(), recipe, stages, world
         self.bf16 = has_bf16(model.device)
@@ -172,13 +162,6 @@ class Training:
         self.started_from = model.objective
         self.steps, self.lr = 0, 0.0
         self._begin(0)
-        if critic is not None:
-            if _shapes(critic) != _shapes(self.nets.critic.state_dict()):
-                raise UserError(
-                    f"the teacher's critic is of another form than that of {self.stage.name}: name a checkpoint "
-                    "without one (final_model.pt), or the options that it was trained with"
-                )
-            self.nets.critic.load_state_dict(critic)
 
     def _speed_up(self, *modules: nn.Module) -> None:
         """On a GPU, in place: state-dict keys stay."""
@@ -222,6 +205,15 @@ class Training:
         beta1 = self.recipe.beta1 if self.stage.objective.beta1 is None else self.stage.objective.beta1
         betas = (beta1, self.recipe.beta2)
         return torch.optim.AdamW(module.parameters(), betas=betas, weight_decay=weight_decay, fused=True)
+
+    def take_critic(self, weights: dict[str, Tensor]) -> None:
+        """Go on with a critic of another run. UserError if it is not the one that the stage makes."""
+        if _shapes(weights) != _shapes(self.nets.critic.state_dict()):
+            raise UserError(
+                f"the teacher's critic is of another form than that of {self.stage.name}: name a checkpoint without "
+                "one (final_model.pt), or the options that it was trained with"
+            )
+        self.nets.critic.load_state_dict(weights)
 
     @property
     def stage(self) -> Stage:

@@ -46,12 +46,12 @@ def train(
         evaluate: scores a model every `eval_interval` steps: numbers to log, among them "ratio", the lower the
             better; the best so far is kept as `best_model.pt`.
         teacher: where `model` has its weights from, if from another run.
-        critic: weights that the first stage's critic begins with.
+        critic: weights that the first stage's critic, if it has one, begins with.
     Returns: the steps that are done; fewer than planned if `max_minutes` ended the session.
     Raises: UserError if the loss is no longer finite, the run is stopped by a signal (after saving), or the
         checkpoints in `save_dir` are damaged or another run's (which is left as it is).
     """
-    training = Training(model, images, recipe, stages, world, critic)
+    training = Training(model, images, recipe, stages, world)
     settings = {name: value for name, value in asdict(recipe).items() if name not in FREE}
     # The steps of a single stage may grow, unless its loss or its rates depend on how many there are.
     fixed = len(stages) > 1 or stages[0].objective.follows_progress or stages[0].objective.steady < 1
@@ -68,6 +68,10 @@ def train(
     if checkpoint:
         training.restore(checkpoint)
         del checkpoint
+    elif critic and training.nets.critic is not None:
+        training.take_critic(critic)
+        if world.rank == 0:
+            print(f"{stages[0].name} goes on with the critic of its teacher")
     if training.steps > recipe.num_iterations:
         raise UserError(
             f"the run in {save_dir} has {training.steps} iterations already, more than --num_iterations "

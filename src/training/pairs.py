@@ -97,25 +97,45 @@ def _missing(folder: Path, manifest: dict) -> list[int]:
     """The chunks that are to be generated; UserError if there is no room for them."""
     if (folder / PAIRS).exists():
         return []
-    there = {path.name for path in folder.glob("*.npy")}  # listed: shared disks remember for a while what was not there
+    # Listed, because shared disks remember for a while what was not there.
+    there = {int(path.stem) for path in folder.glob("*.npy") if path.stem.isdigit()}
     needed = 4 * math.prod(manifest["shape"]) * (2 * manifest["pairs"] - CHUNK * len(there))  # as chunks, and joined
     if shutil.disk_usage(folder.parent if folder.parent.exists() else ".").free < needed:
         raise UserError(
             f"{folder} needs {needed / 1e9:.1f} GB for the pairs: make room, or ask for fewer (reflow/pairs=N)"
         )
     write_json(folder / "manifest.json", manifest)
-    return [i for i in range(-(-manifest["pairs"] // CHUNK)) if f"{i}.npy" not in there]
+    return [i for i in range(_chunks(manifest["pairs"])) if i not in there]
+
+
+def _chunks(pairs: int) -> int:
+    return -(-pairs // CHUNK)
 
 
 def _join(folder: Path, shape: tuple[int, ...]) -> None:
-    """All chunks as one array, which is there whole or not at all; then they are deleted."""
-    parts = [folder / f"{i}.npy" for i in range(-(-shape[1] // CHUNK))]
-    if not (folder / PAIRS).exists():
-        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-        with replacing(folder / PAIRS) as temporary, temporary.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for which in range(2):
-                for part in parts:
-                    file.write(np.load(part, mmap_mode="r")[which].tobytes())
-    for part in parts:
-        part.unlink(missing_ok=True)
+    """All chunks as one array, which is there whole or not at all; then they are deleted.
+
+    Raises: UserError if a chunk is damaged, after deleting it.
+    """
+    parts = [folder / f"{i}.npy" for i in range(_chunks(shape[1]))]
+    header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+    try:
+        if not (folder / PAIRS).exists():
+            with replacing(folder / PAIRS) as temporary, temporary.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for which in range(2):
+                    for part in parts:
+                        file.write(_chunk(part)[which].tobytes())
+    except FileNotFoundError:  # another run with the same teacher, which has joined them
+        if not (folder / PAIRS).exists():
+            raise
+    for path in (*parts, *folder.glob(f".{PAIRS}.*.tmp")):  # and what killed processes left
+        path.unlink(missing_ok=True)
+
+
+def _chunk(part: Path) -> np.ndarray:
+    try:
+        return np.load(part, mmap_mode="r")
+    except ValueError as error:  # shorter than it says, after a power cut
+        part.unlink()
+        raise UserError(f"{part} was damaged and is deleted: the same command goes on") from error
