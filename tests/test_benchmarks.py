@@ -103,6 +103,12 @@ def test_bad_arguments_get_one_line_before_anything_is_scored(workdir, monkeypat
             objectives.main()
 
     refused("has no extra condition, which jumps need")
+    config["use_additional_condition"] = True
+    write_json("model_config.json", config)
+    weights = create_custom_model(**config).state_dict()
+    torch.save({"state_dict": weights, "training": {"critic": {}}}, "last.pt")
+    torch.save(weights, "start.pt")
+    refused("last.pt would bring its critic to some of them", "--start", "last.pt")
     refused("--preset=quick after -- is for this script to choose", "--", "--preset=quick")
     refused("--seeds must be at least 1", "--seeds", "0")
     refused("--budget nan: a number of network evaluations", "--budget", "nan")
@@ -118,6 +124,15 @@ def test_prepare_replaces_no_folder_but_its_own(workdir, monkeypatch):
         with pytest.raises(UserError, match="holds other files, and would be replaced"):
             prepare.main()
     assert (workdir / "results/run.json").exists()
+
+
+def test_prepare_wants_a_feature_network_before_all_else(faces, workdir, monkeypatch):
+    (workdir / "junk.pt").write_bytes(b"junk")
+    flags = ["--data_root", str(faces), "--split_dir", str(faces), "--features", "junk.pt"]
+    monkeypatch.setattr(sys, "argv", ["prepare", *flags])
+    with pytest.raises(UserError, match="junk.pt is no TorchScript network"):
+        prepare.main()
+    assert not (workdir / "gpu").exists()
 
 
 def test_prepared_parts_hold_what_training_and_what_scores_need(faces, workdir, tiny_network, randomised, monkeypatch):
@@ -207,6 +222,10 @@ def test_timed_chain_fits_its_steps_to_the_time(workdir, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", [part.replace("alpha_flow", "shortcut") for part in argv])
     with pytest.raises(UserError, match="run/chain trains alpha_flow, adversarial, not shortcut, adversarial"):
+        timed_chain.main()
+
+    monkeypatch.setattr(sys, "argv", [part.replace("alpha_flow", "reflow/pairs=8") for part in argv])
+    with pytest.raises(UserError, match="reflow/pairs=8 generates pairs, twice here and beyond the minutes"):
         timed_chain.main()
 
     for flag in ("--batch", "--eval_interval"):  # the one was ignored, the other's scores taken for speeds

@@ -251,7 +251,9 @@ def test_a_stage_lets_go_of_the_critic_and_the_teacher_before_its_own_are_made(m
     before, alive, copied = [weakref.ref(net) for net in old], [], copy.deepcopy
     old.clear()
     monkeypatch.setattr(
-        engine.copy, "deepcopy", lambda net, *memo: alive.append([one() is not None for one in before]) or copied(net, *memo)
+        engine.copy,
+        "deepcopy",
+        lambda net, *memo: alive.append([one() is not None for one in before]) or copied(net, *memo),
     )
     for _ in range(2):
         training.step()
@@ -655,6 +657,14 @@ def test_errors_are_weighed_as_the_papers_weigh_them():
         torch.testing.assert_close(given.grad, gradient, msg=lambda told, name=name: f"{name}: {told}")
         if name != "consistency":
             torch.testing.assert_close(weighed.detach(), gradient * error)
+
+
+@pytest.mark.parametrize("name", ["alpha_flow/grid=0", "mean_flow"])
+def test_no_jump_ends_below_the_data(name, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape: torch.full(shape, 1e-5))
+    monkeypatch.setattr(torch, "randn", lambda *shape: torch.full(shape, -20.0))
+    t, d = make_objective(name, CustomScheduler(16)).jumps(8)
+    assert (d > 0).all() and (t - d >= 0).all()
 
 
 def test_jumps_are_drawn_as_the_papers_draw_them():
