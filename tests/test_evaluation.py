@@ -30,7 +30,8 @@ from src.evaluation.scoring import Scorer, image_features
 from src.filters import blurred
 from src.images import to_pixels
 from src.objectives import make_objective
-from src.utils import UserError, load_model, quantised, read_checkpoint, save_model, save_weights, tensor_to_pil_image
+from src.quantise import quantised
+from src.utils import UserError, load_model, read_checkpoint, save_model, save_weights, tensor_to_pil_image
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -19,10 +19,10 @@ from custom_model import create_custom_model
 from dataset import SimpsonsDataModule, SimpsonsDataset, get_data_iterator
 from src.evaluation.features import Features
 from src.evaluation.reference import write_reference
+from src.quantise import quantised
 from src.utils import (
     UserError,
     load_model,
-    quantised,
     replacing_folder,
     save_model,
     seed_everything,

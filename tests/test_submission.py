@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from custom_model import create_custom_model
+from src.quantise import quantised, restore_quantised
 from src.submission import base_code
 from src.training.export import export
-from src.utils import UserError, load_model, quantised, read_checkpoint, restore_quantised, save_model, write_json
+from src.utils import UserError, load_model, read_checkpoint, save_model, write_json
 
 CHECKPOINTS = Path(base_code.__file__).resolve().parents[2] / "checkpoints"
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from src.utils import UserError, objective_of, read_checkpoint, read_config, restore_quantised, weights_of
+from src.quantise import restore_quantised
+from src.utils import UserError, objective_of, read_checkpoint, read_config, weights_of
 
 
 class EMA:

@@ -5,17 +5,9 @@ from pathlib import Path
 
 import torch
 
+from src.quantise import quantised, restore_quantised
 from src.training.record import parsed
-from src.utils import (
-    UserError,
-    objective_of,
-    quantised,
-    read_checkpoint,
-    read_config,
-    restore_quantised,
-    save_weights,
-    weights_of,
-)
+from src.utils import UserError, objective_of, read_checkpoint, read_config, save_weights, weights_of
 
 TARGET = Path("checkpoints/best_model.pt")
 CHOICES = ("best_model.pt", "final_model.pt", "last.ckpt")  # the first that a run has
