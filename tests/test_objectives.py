@@ -22,7 +22,7 @@ from src.objectives.adversarial import DRAWN, WOBBLE, feature_gap, octave_noise,
 from src.objectives.contract import Nets
 from src.objectives.critics import ConvCritic, augment, warp
 from src.objectives.rollout import in_turn, roll_out, sample_through
-from src.training import engine, fusing, loop
+from src.training import engine, fusing, run_folder
 from src.training.data import load_images
 from src.training.distributed import World
 from src.training.engine import Loss, Training, accumulate_gradient
@@ -346,8 +346,8 @@ def test_accumulation_does_not_change_the_gradient(model):
 
 def test_resumed_training_is_bitwise_equal(name, faces, workdir, monkeypatch):
     if name != "shortcut":  # pictures must not disturb randomness: once is enough, they are half of the time
-        monkeypatch.setattr(loop, "save_previews", lambda *_: None)
-        monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+        monkeypatch.setattr(run_folder, "save_previews", lambda *_: None)
+        monkeypatch.setattr(run_folder, "plot_curves", lambda *_: None)
     images, key = load_images(str(faces), str(faces), 32)
     stages = f"rectified_flow:0.5,{name}{'/pairs=16/solver_steps=2' if name == 'reflow' else ''}:0.5"
 

@@ -38,7 +38,7 @@ def run(faces: str, save_dir: str, steps: int = STEPS) -> None:
     images, key = load_images(faces, faces, 32)
     model = create_custom_model(objective="shortcut", unet="small", image_size=32)
     recipe = Recipe(batch_size=2, num_iterations=steps, lr=1e-3, warmup=2, log_interval=1, save_interval=5)
-    with patch.multiple("src.training.loop", save_previews=DEFAULT, plot_curves=DEFAULT):  # most of a save's time
+    with patch.multiple("src.training.run_folder", save_previews=DEFAULT, plot_curves=DEFAULT):  # most of a save's time
         train(model, {}, images, key, recipe, one_stage(model, steps, "shortcut"), Path(save_dir), {})
 
 

@@ -26,7 +26,7 @@ from src.images import to_pixels
 from src.module import AttnBlock, ResBlock
 from src.objectives import make_objective, parse_stages
 from src.objectives.contract import Nets
-from src.training import engine, fusing, loop
+from src.training import engine, fusing, run_folder
 from src.training.checkpoints import alone_in, best_score
 from src.training.data import batch_indices, load_images, to_batch
 from src.training.distributed import World
@@ -546,7 +546,7 @@ def test_a_score_that_fails_loses_no_training(small_run, workdir):
 
 def test_speed_is_trainings_alone(small_run, monkeypatch):
     monkeypatch.setattr("src.training.loop.early_preview", lambda step: step == 1)
-    monkeypatch.setattr("src.training.loop.save_previews", lambda *_: time.sleep(4))
+    monkeypatch.setattr("src.training.run_folder.save_previews", lambda *_: time.sleep(4))
     rows = (small_run(2, log_interval=2) / "metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["images_per_second"] > 4  # two steps of 8 images in much less than 4 s
 
@@ -615,8 +615,8 @@ def test_run_cut_short_between_its_last_step_and_its_export_is_finished_by_the_s
 @pytest.fixture
 def tiny_run(workdir, monkeypatch):
     """Train a network of points in the U-Net's place, without pictures: call with (steps, **what differs)."""
-    monkeypatch.setattr(loop, "save_previews", lambda *_: None)
-    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(run_folder, "save_previews", lambda *_: None)
+    monkeypatch.setattr(run_folder, "plot_curves", lambda *_: None)
 
     def run(steps, stages="rectified_flow:1", save_dir="run", data="data", teacher=None, evaluate=None, **recipe):
         torch.manual_seed(0)
@@ -637,7 +637,7 @@ def test_a_best_model_that_could_not_be_written_is_scored_and_written_again(tiny
         save_model(model, path, *rest, **kept)
 
     with monkeypatch.context() as disk, pytest.raises(UserError, match="full"):
-        disk.setattr(loop, "save_model", full)
+        disk.setattr(run_folder, "save_model", full)
         tiny_run(2, evaluate=lambda model: {"ratio": 1.0}, eval_interval=2)
     assert (tiny_run(2, evaluate=lambda model: {"ratio": 1.0}, eval_interval=2) / "best_model.pt").exists()
 

@@ -1,4 +1,4 @@
-"""The training loop: saving, resuming, scoring, and the run's record around the engine's steps."""
+"""The training loop: resuming, and when to log, save, score and end, around the engine's steps."""
 
 import math
 import time
@@ -12,12 +12,13 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-from src.training.checkpoints import best_score, clear_leftovers, load_last, save_averages, save_last
+from src.training.checkpoints import load_last
 from src.training.distributed import ALONE, World
 from src.training.engine import Training
-from src.training.recipe import FREE, Recipe, Stage, Teacher, history
-from src.training.record import Metrics, RunRecord, early_preview, environment, plot_curves, save_previews
-from src.utils import UserError, on_stop, save_model, write_json
+from src.training.recipe import FREE, Recipe, Stage, Teacher
+from src.training.record import early_preview
+from src.training.run_folder import RunFolder
+from src.utils import UserError, on_stop
 
 
 def train(
@@ -52,17 +53,7 @@ def train(
         checkpoints in `save_dir` are damaged or another run's (which is left as it is).
     """
     training = Training(model, images, recipe, stages, world)
-    settings = {name: value for name, value in asdict(recipe).items() if name not in FREE}
-    # The steps of a single stage may grow, unless its loss or its rates depend on how many there are.
-    fixed = len(stages) > 1 or stages[0].objective.follows_progress or stages[0].objective.steady < 1
-    written = [[stage.name, stage.objective.options(), *([stage.steps] if fixed else [])] for stage in stages]
-    identity = {
-        "model": model_config,
-        "data": data_hash,
-        "teacher": teacher and teacher.weights,
-        "stages": written,
-        **settings,
-    }
+    identity = _identity(model_config, data_hash, recipe, stages, teacher)
     defaults = {stage.name: stage.objective.defaults() for stage in stages}
     checkpoint = world.from_rank_0(lambda: load_last(save_dir, identity, defaults))
     if checkpoint:
@@ -78,53 +69,14 @@ def train(
             f"{recipe.num_iterations}: take its checkpoint of then, or choose another --save_dir"
         )
 
-    device, start, first, average = model.device, training.steps, world.rank == 0, training.ema.model
-
-    def config() -> dict:
-        return {**model_config, "objective": training.stage.name}
-
-    def facts() -> dict:
-        """What the weights come from, so far: what the run trained that they began in, and then this one."""
-        return {
-            "seed": recipe.seed,
-            "data": {"hash": data_hash, "images": len(images)},
-            "bf16": training.bf16,
-            "stages": [*(teacher.stages if teacher else []), *history(stages, training.steps, recipe)],
-            "citations": training.citations,
-        }
-
-    surroundings = environment(device)
-    if first:
-        clear_leftovers(save_dir)
-        write_json(save_dir / "training_config.json", arguments)
-        write_json(save_dir / "model_config.json", config())
-        metrics = Metrics(save_dir / "metrics.jsonl", start)
-        described = {
-            "arguments": arguments,
-            "model_config": config(),
-            "teacher": teacher and teacher._asdict(),
-        }
-        record = RunRecord(save_dir / "run.json", start, surroundings, world.size, described)
-        record.write(start, recipe.batch_size, facts())
-    scorer = getattr(evaluate, "key", "")
-    best = best_score(save_dir, scorer) if first and evaluate else math.inf
-
-    def provenance() -> dict:
-        return {**surroundings, **facts(), "step": training.steps}
-
-    def export(*names: str, **scores) -> None:
-        for name in names:
-            save_model(average, save_dir / name, config(), provenance={**provenance(), **scores})
-
-    def save() -> None:
-        averages, about = training.power_ema.averages, {"model_config": config(), "provenance": provenance()}
-        save_averages(save_dir, training.steps, averages, stage=training.index, age=training.age, **about)
-        save_last(save_dir, average, training={**training.state(), "identity": identity}, **about)
+    folder = None
+    if world.rank == 0:
+        folder = RunFolder(save_dir, training, arguments, model_config, data_hash, evaluate, teacher)
 
     logs: dict[str, list[Tensor]] = {}
-    step = interval_start = start
+    step = interval_start = training.steps
     began = interval_began = time.monotonic()
-    progress = tqdm(total=recipe.num_iterations, initial=start, desc="training", disable=not first)
+    progress = tqdm(total=recipe.num_iterations, initial=step, desc="training", disable=folder is None)
     received: list[int] = []  # signals to stop, upon which the loop saves first
     with on_stop(lambda number, frame: received.append(number)), progress:
         finished = stopped = False
@@ -144,41 +96,49 @@ def train(
             if logs and (logging or at_interval or scoring or stopped):
                 row = {name: world.mean(torch.cat(values)) for name, values in logs.items()}
                 row["gradient_norm"] = norm.item()
-                if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
-                    last = save_dir / "last.ckpt"
-                    kept = f"{last} is still good" if last.exists() else "nothing was saved yet"
-                    raise UserError(
-                        f"the loss or its gradient is not finite around iteration {step}; {kept}; "
-                        "start again with a lower --lr in a new --save_dir"
-                    )
+                _refuse_infinite(row, step, save_dir)
                 now = time.monotonic()
                 speed = (step - interval_start) * recipe.batch_size / (now - interval_began)
                 row |= {"stage": training.index, "lr": training.lr, "images_per_second": speed}
-                if first:
-                    metrics.add({"step": step, "images": step * recipe.batch_size, **row})
-                    record.write(step, recipe.batch_size, facts())
+                if folder:
+                    folder.log(row)
                 progress.update(step - progress.n)
                 progress.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{speed:.1f}")
                 logs, interval_start, interval_began = {}, step, now
             left = time.monotonic()
-            if first and (at_interval or stopped):
+            if folder:
                 if at_interval:
-                    export(f"checkpoint_iter_{step}.pt", *(["final_model.pt"] if finished else []))
-                save()
-            if first and evaluate and scoring and not metrics.scored(step):  # saved before: it takes a while
-                with torch.compiler.set_stance("force_eager"):  # its batches have other shapes
-                    scores = evaluate(average)
-                if scores["ratio"] < best:
-                    best = scores["ratio"]
-                    export("best_model.pt", ratio=best, scorer=scorer)
-                metrics.add({"step": step, **scores})  # last: a step whose model could not be written is scored again
-            if first and (at_interval or stopped):
-                plot_curves(metrics.rows, save_dir / "training_curves.png")
-            if first and (at_interval or early_preview(step)):
-                low = torch.autocast(device.type, torch.bfloat16, enabled=training.bf16)  # half the time on a CPU
-                with torch.compiler.set_stance("force_eager"), low:
-                    save_previews(average, save_dir, step, recipe.seed)
+                    folder.export(f"checkpoint_iter_{step}.pt", *(["final_model.pt"] if finished else []))
+                if at_interval or stopped:
+                    folder.save(identity)
+                if evaluate and scoring:  # saved before: it takes a while
+                    folder.score()
+                if at_interval or stopped:
+                    folder.plot()
+                if at_interval or early_preview(step):
+                    folder.preview()
             interval_began += time.monotonic() - left  # saving and scoring are not training
     if not finished:
         raise UserError(f"stopped at iteration {step} and saved: the same command with --save_dir {save_dir} goes on")
     return step
+
+
+def _identity(model_config: dict, data_hash: str, recipe: Recipe, stages: list[Stage], teacher: Teacher | None) -> dict:
+    """The settings that make a run this run: with others, a resumed one is refused."""
+    settings = {name: value for name, value in asdict(recipe).items() if name not in FREE}
+    # The steps of a single stage may grow, unless its loss or its rates depend on how many there are.
+    fixed = len(stages) > 1 or stages[0].objective.follows_progress or stages[0].objective.steady < 1
+    written = [[stage.name, stage.objective.options(), *([stage.steps] if fixed else [])] for stage in stages]
+    weights = teacher and teacher.weights
+    return {"model": model_config, "data": data_hash, "teacher": weights, "stages": written, **settings}
+
+
+def _refuse_infinite(row: dict, step: int, save_dir: Path) -> None:
+    """UserError if the loss or its gradient is not finite; nothing of it has been saved."""
+    if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
+        last = save_dir / "last.ckpt"
+        kept = f"{last} is still good" if last.exists() else "nothing was saved yet"
+        raise UserError(
+            f"the loss or its gradient is not finite around iteration {step}; {kept}; "
+            "start again with a lower --lr in a new --save_dir"
+        )
