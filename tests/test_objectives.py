@@ -349,7 +349,7 @@ def test_resumed_training_is_bitwise_equal(name, faces, workdir, monkeypatch):
         monkeypatch.setattr(run_folder, "save_previews", lambda *_: None)
         monkeypatch.setattr(run_folder, "plot_curves", lambda *_: None)
     images, key = load_images(str(faces), str(faces), 32)
-    stages = f"rectified_flow:0.5,{name}{'/pairs=16/solver_steps=2' if name == 'reflow' else ''}:0.5"
+    stages = f"rectified_flow/muon=true:0.5,{name}{'/pairs=16/solver_steps=2' if name == 'reflow' else ''}:0.5"
 
     def run(folder, *session_steps):
         for most in session_steps:

@@ -189,6 +189,13 @@ def settings(record: dict) -> str:
     return f"seed {given['seed']}, times {given['time_sampling'].replace('_', ' ')}"
 
 
+def optimisers(trained: list[dict]) -> str:
+    """What trained the student's weights in these stages."""
+    muon = [bool(stage.get("options", {}).get("muon")) for stage in trained]
+    where = "" if all(muon) else " (where the stage says muon)"
+    return f"Muon for hidden layers{where} and AdamW" if any(muon) else "AdamW"
+
+
 def in_words(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds / 60:.0f} minutes"
 
@@ -202,12 +209,12 @@ def gathered(records: list[dict], scored: dict) -> dict:
     sessions = [session for record in records for session in record["sessions"]]
     devices = dict.fromkeys(f"{session['processes']} x {session['environment']['chip']}" for session in sessions)
     full = model["unet"] == "full" and model["image_size"] == 64
-    nfes = list(scored["nfe"])
+    nfes, trained = list(scored["nfe"]), scored["provenance"]["stages"]
     return {
-        "stages": stages(scored["provenance"]["stages"], words(HERE / "methods.typ"), known),
+        "stages": stages(trained, words(HERE / "methods.typ"), known),
         "citations": cited,
         "sampler": {name: by_nfe(values) for name, values in scored["sampler"].items()},
-        "settings": f"AdamW, {', then '.join(dict.fromkeys(map(settings, records)))}"
+        "settings": f"{optimisers(trained)}, {', then '.join(dict.fromkeys(map(settings, records)))}"
         + ("" if full else f", a {model['unet']} U-Net at {model['image_size']} px: an experiment, no submission"),
         "images": ", ".join(
             dict.fromkeys(f"{r['data']['images']:,} training images, hash {r['data']['hash']}" for r in records)

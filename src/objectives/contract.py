@@ -44,11 +44,13 @@ class Objective(ABC):
         rate: multiple of the run's learning rate.
         steady: share of the stage after which the rates, a critic's too, fall with the inverse square root of the step
             (on top of the run's own schedule).
+        muon: whether the student's hidden layers are trained by Muon (`src/training/muon.py`), not by AdamW.
     """
 
     scheduler: nn.Module
     rate: float = 1.0
     steady: float = 1.0
+    muon: bool = False
 
     # What options of these names must be, in every objective that has them.
     SHARES = ("flow", "keep", "grid", "real", "hold", "warped")

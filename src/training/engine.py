@@ -16,6 +16,7 @@ from src.training import fusing
 from src.training.data import batch_indices, to_batch
 from src.training.distributed import ALONE, World
 from src.training.ema import EMA, PowerEMA
+from src.training.muon import Muon
 from src.training.pairs import load_pairs
 from src.training.recipe import CITATIONS, Recipe, Stage
 from src.utils import UserError, has_bf16
@@ -195,16 +196,16 @@ class Training:
             self._speed_up(critic.network if hasattr(critic, "predict") else critic)
         model.objective = self.ema.model.objective = objective
         self.nets = Nets(model, self.ema.model, teacher, critic)
-        self.optimizer = self._optimizer(model, recipe.weight_decay)
+        self.optimizer = self._optimizer(model, recipe.weight_decay, objective.muon)
         self.loss_module = self.world.wrap(Loss(objective.loss, self.nets, model))
         if critic is not None:
             self.critic_optimizer = self._optimizer(critic, 0.0)
             self.critic_loss_module = self.world.wrap(Loss(objective.critic_loss, self.nets, critic))
 
-    def _optimizer(self, module: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    def _optimizer(self, module: nn.Module, weight_decay: float, muon: bool = False) -> torch.optim.AdamW:
         beta1 = self.recipe.beta1 if self.stage.objective.beta1 is None else self.stage.objective.beta1
-        betas = (beta1, self.recipe.beta2)
-        return torch.optim.AdamW(module.parameters(), betas=betas, weight_decay=weight_decay, fused=True)
+        settings = {"betas": (beta1, self.recipe.beta2), "weight_decay": weight_decay, "fused": True}
+        return Muon(module, **settings) if muon else torch.optim.AdamW(module.parameters(), **settings)
 
     def take_critic(self, weights: dict[str, Tensor]) -> None:
         """Go on with a critic of another run. UserError if it is not the one that the stage makes."""
@@ -322,5 +323,5 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     optimizer.load_state_dict(state)
     for p, moments in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):  # in the layout of a device where they were saved, not of this one
+        for name in moments.keys() - {"step"}:  # in the layout of a device where they were saved, not of this one
             moments[name] = torch.empty_like(p).copy_(moments[name])

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from src.objectives.contract import Objective
+from src.training import muon
 from src.training.distributed import World
 from src.utils import UserError
 
@@ -169,7 +170,7 @@ def history(stages: list[Stage], done: int, recipe: Recipe) -> list[dict]:
                     "batch_size": recipe.batch_size,
                     "lr": recipe.lr * objective.rate,
                     "options": objective.options(),
-                    "citations": list(objective.citations),
+                    "citations": [*objective.citations, *(muon.CITATIONS if objective.muon else ())],
                 }
             )
         done -= steps
