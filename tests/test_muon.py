@@ -1,12 +1,18 @@
 """Muon: orthogonal steps of the right length for hidden matrices, AdamW's own for the rest."""
 
 import copy
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from custom_model import create_custom_model
-from src.training.muon import MOMENTUM, Muon, orthogonal
+from src.objectives import make_objective, parse_stages
+from src.training.engine import Training
+from src.training.muon import CITATIONS, MOMENTUM, Muon, orthogonal
+from src.training.recipe import Recipe, history, plan
+from src.utils import UserError
 
 SETTINGS = {"betas": (0.9, 0.99), "weight_decay": 0.1}
 
@@ -56,13 +62,16 @@ def test_hidden_matrices_move_by_muons_rule_and_the_rest_by_adamws():
         matrix = first[name].flatten(1)
         step = 0.2 * max(matrix.shape) ** 0.5 * orthogonal(matrix[None])[0].reshape(weight.shape)
         torch.testing.assert_close(once[name], weight - 0.01 * (step + 0.1 * weight), atol=1e-5, rtol=1e-4)
-        # As far as AdamW's rate goes at most: 0.2 to 0.4 of it is usual for AdamW.
-        assert 0.1 < (once[name] - weight).square().mean().sqrt() / 0.01 < 0.3
-    stepped(model, optimizer, [1])
+        assert 0.1 < (once[name] - weight).square().mean().sqrt() / 0.01 < 0.3  # AdamW's is usually 0.2 to 0.4
+    twice = stepped(model, optimizer, [1])
     generator = torch.Generator().manual_seed(1)
     second = {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
     for name, p in names.items():
-        torch.testing.assert_close(optimizer.state[p]["momentum"], MOMENTUM * first[name] + second[name])
+        momentum = MOMENTUM * first[name] + second[name]
+        torch.testing.assert_close(optimizer.state[p]["momentum"], momentum)
+        matrix = (second[name] + MOMENTUM * momentum).flatten(1)  # Nesterov's
+        step = 0.2 * max(matrix.shape) ** 0.5 * orthogonal(matrix[None])[0].reshape(p.shape)
+        torch.testing.assert_close(twice[name], once[name] - 0.01 * (step + 0.1 * once[name]), atol=1e-5, rtol=1e-4)
 
 
 def test_a_step_reads_nothing_back_from_the_device():
@@ -72,3 +81,23 @@ def test_a_step_reads_nothing_back_from_the_device():
         p.grad = torch.empty_like(p)
     optimizer.step()  # where reading a number is an error
     assert all(p.grad is None for p in hidden(model).values())
+
+
+def test_a_stage_that_asks_for_muon_gets_it_and_cites_it():
+    model = create_custom_model(objective="shortcut", unet="small", image_size=32)
+    shares = parse_stages("rectified_flow/muon=true:0.3,shortcut:0.3,adversarial/critic=conv/muon=true:0.4")
+    stages = plan(shares, partial(make_objective, scheduler=model.scheduler), 10)
+    recipe = Recipe(batch_size=8, num_iterations=10, beta1=0.8, beta2=0.98, weight_decay=0.2)
+    training = Training(model, np.zeros((8, 3, 32, 32), np.uint8), recipe, stages)
+    for index, (kind, beta1) in enumerate(((Muon, 0.8), (torch.optim.AdamW, 0.8), (Muon, 0.0))):
+        training._begin(index)
+        assert type(training.optimizer) is kind
+        assert {(g["betas"], g["weight_decay"]) for g in training.optimizer.param_groups} == {((beta1, 0.98), 0.2)}
+    assert type(training.critic_optimizer) is torch.optim.AdamW
+    cited = [set(CITATIONS) <= set(stage["citations"]) for stage in history(stages, 10, recipe)]
+    assert cited == [True, False, True]
+
+
+def test_a_network_without_blocks_is_refused():
+    with pytest.raises(UserError, match="no blocks for Muon"):
+        Muon(torch.nn.Linear(2, 2), **SETTINGS)

@@ -22,7 +22,7 @@ from src.objectives.adversarial import DRAWN, WOBBLE, feature_gap, octave_noise,
 from src.objectives.contract import Nets
 from src.objectives.critics import ConvCritic, augment, warp
 from src.objectives.rollout import in_turn, roll_out, sample_through
-from src.training import engine, fusing, run_folder
+from src.training import engine, fusing, muon, run_folder
 from src.training.data import load_images
 from src.training.distributed import World
 from src.training.engine import Loss, Training, accumulate_gradient
@@ -1148,7 +1148,13 @@ def test_every_objective_says_what_its_options_mean_and_whom_it_cites():
         ("alpha_flow/anneal=10", "luo2025soflow"),
     ):
         assert key not in make_objective(name, CustomScheduler(16)).citations and key in cited[name.split("/")[0]]
-    named = {key for keys in cited.values() for key in keys} | set(TRAINING) | set(SCORES) | set(fusing.CITATIONS)
+    named = (
+        {key for keys in cited.values() for key in keys}
+        | set(TRAINING)
+        | set(SCORES)
+        | set(fusing.CITATIONS)
+        | set(muon.CITATIONS)
+    )
     named |= {key for keys in TIME_SAMPLINGS.values() for key in keys}
     filtered = CustomScheduler(16, time_grids={2: [1, 0.4, 0]}, smoothing={2: 0.1}, sharpening={2: 0.1}).citations
     assert {"nelder1965simplex", "buades2005nonlocal", "gonzalez2018digital"} <= set(filtered)

@@ -28,8 +28,8 @@ def trained(tmp_path_factory, faces) -> Path:
     words.write_text(named)
     shutil.copyfile(ROOT / "references.bib", folder / "references.bib")
     flags = ["--data_root", str(faces), "--split_dir", str(faces), "--device", "cpu"]
-    train = "--unet small --image_size 32 --stages rectified_flow:0.5,alpha_flow/alpha=0.25:0.5 --num_iterations 4"
-    train += " --batch_size 4 --save_interval 1 --log_interval 1 --save_dir run"
+    train = "--unet small --image_size 32 --stages rectified_flow/muon=true:0.5,alpha_flow/alpha=0.25:0.5"
+    train += " --num_iterations 4 --batch_size 4 --save_interval 1 --log_interval 1 --save_dir run"
     run_script(folder, ROOT / "train.py", *train.split(), *flags)
     mixture = f"mix {folder}/run/final_model.pt {folder}/run/checkpoint_iter_2.pt --share 0.25 --out {folder}/mixed"
     run_script(folder, "-m", "src.training", *mixture.split())
@@ -122,7 +122,7 @@ def scored_as(project: Path, run: str, checkpoint: str) -> dict:
 
 def test_a_model_of_an_early_stage_is_told_as_it_was_trained(project, faces):
     provenance = scored_as(project, "run", "checkpoint_iter_2.pt")
-    assert [(stage["objective"], stage["steps"]) for stage in provenance["stages"]] == [("rectified_flow", 2)]
+    assert [(stage["objective"], stage["steps"]) for stage in provenance["stages"]] == [("rectified_flow/muon=true", 2)]
     result = build(project)
     assert result.returncode == 0, result.stderr
     pdf = project / "writeup/writeup.pdf"
@@ -134,11 +134,12 @@ def test_a_model_of_an_early_stage_is_told_as_it_was_trained(project, faces):
     flags = ["--data_root", faces, "--split_dir", faces, "--num_iterations", "1", "--batch_size", "4", "--seed", "7"]
     run_script(project, ROOT / "train.py", *train.split(), *flags, "--log_interval", "1", "--device", "cpu")
     provenance = scored_as(project, "second", "final_model.pt")
-    assert [stage["objective"] for stage in provenance["stages"]] == ["rectified_flow", "shortcut"]
+    assert [stage["objective"] for stage in provenance["stages"]] == ["rectified_flow/muon=true", "shortcut"]
     result = build(project, "run", "second")
     assert result.returncode == 0, result.stderr
     told = letters("".join(page.extract_text() for page in PdfReader(pdf).pages))
-    assert letters("AdamW, seed 42, times uniform, then seed 7, times uniform") in told
+    optimisers = "Muon for hidden layers (where the stage says muon) and AdamW"
+    assert letters(f"{optimisers}, seed 42, times uniform, then seed 7, times uniform") in told
     assert "second began with another run's model" in build(project, "second").stderr
     shutil.copytree(project / "run", project / "twin")  # but for its seed, which the teacher tells
     record = json.loads((project / "twin/run.json").read_text())

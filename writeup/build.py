@@ -118,7 +118,10 @@ def early_samples(run: Path, folder: Path) -> list[dict]:
 def kinds(stages: list[dict]) -> list[dict]:
     """The stages without how far they got, which a run's checkpoints differ in, and what their ends were mixed with."""
     later = ("steps", "mixed", "citations")  # a mixture is cited as well
-    return [{name: value for name, value in stage.items() if name not in later} for stage in stages]
+    told = [{name: value for name, value in stage.items() if name not in later} for stage in stages]
+    for stage in told:  # an older version told nothing of options that it did not have, whose effect is off
+        stage["options"] = {name: value for name, value in stage.get("options", {}).items() if value is not False}
+    return told
 
 
 def trained_by(run: dict, model: dict) -> bool:

@@ -44,7 +44,8 @@ class Objective(ABC):
         rate: multiple of the run's learning rate.
         steady: share of the stage after which the rates, a critic's too, fall with the inverse square root of the step
             (on top of the run's own schedule).
-        muon: whether the student's hidden layers are trained by Muon (`src/training/muon.py`), not by AdamW.
+        muon: whether Muon (`src/training/muon.py`), with a momentum of its own, trains the weight matrices of the
+            student's blocks, not AdamW.
     """
 
     scheduler: nn.Module
@@ -66,7 +67,7 @@ class Objective(ABC):
     at_once = 1  # images that `loss` must be given at once
     pairs = 0  # (noise, image) pairs that the teacher generates before the stage begins
     critic_steps = 0
-    beta1 = None  # of Adam, for student and critic, where the run's will not do
+    beta1 = None  # of AdamW, for student and critic, where the run's will not do
     citations = ()  # keys of references.bib
 
     def __post_init__(self):

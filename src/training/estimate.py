@@ -16,9 +16,9 @@ from src.training.recipe import Recipe, Stage
 def estimate(model, images: np.ndarray, recipe: Recipe, stages: list[Stage], world: World) -> dict:
     """Parameters, memory of one process in GB, and hours, from a step of a few images in each stage.
 
-    Weights, gradient, two moments and three averages take 28 bytes a parameter, a teacher 4 more, a critic 16 of its
-    own; activations are measured as what autograd keeps for one image. Time and activations are those of uncompiled
-    steps: upper bounds where the engine compiles.
+    Weights, gradient, two moments (Muon has one) and three averages take 28 bytes a parameter, a teacher 4 more, a
+    critic 16 of its own; activations are measured as what autograd keeps for one image. Time and activations are those
+    of uncompiled steps: upper bounds where the engine compiles.
     """
     count = min(max(8, *(stage.objective.at_once for stage in stages)), len(images))
     few = replace(recipe, batch_size=count, micro_batch=0)

@@ -20,7 +20,7 @@ class Recipe:
     Args:
         batch_size: images of one optimizer step, over all processes.
         num_iterations: optimizer steps in all.
-        lr: AdamW's learning rate: linear from 0 over `warmup` steps, then constant, and falling with the inverse square
+        lr: learning rate: linear from 0 over `warmup` steps, then constant, and falling with the inverse square
             root of the step from `lr_decay_start` on. Steps are counted in each stage; a later one warms up for at most
             a tenth of its steps.
         grad_clip: largest norm of the gradient.
