@@ -116,7 +116,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--beta1", type=float, default=Recipe.beta1, help="AdamW's; 0 in the stages that play against a critic")
     add("--beta2", type=float, default=Recipe.beta2, help="AdamW's")
-    add("--weight_decay", type=float, default=Recipe.weight_decay, help="per step and rate; a critic has none")
+    add(
+        "--weight_decay",
+        type=float,
+        default=Recipe.weight_decay,
+        help="weights lose this times lr of themselves at each step; a critic's none",
+    )
     add("--grad_clip", type=float, default=Recipe.grad_clip, help="largest norm of the gradient")
     add("--ema_decay", type=float, default=Recipe.ema_decay, help="of the average that samples and is exported")
     add("--micro_batch", type=int, default=Recipe.micro_batch, help="most images a process computes at once; 0: all")

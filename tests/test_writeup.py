@@ -141,6 +141,9 @@ def test_a_model_of_an_early_stage_is_told_as_it_was_trained(project, faces):
     optimisers = "Muon for hidden layers (where the stage says muon) and AdamW"
     assert letters(f"{optimisers}, seed 42, times uniform, then seed 7, times uniform") in told
     assert "second began with another run's model" in build(project, "second").stderr
+    report = project / "second/report/report.json"  # of a version that knew no Muon
+    report.write_text(report.read_text().replace('"muon": false, ', ""))
+    assert "muon" in report.read_text() and build(project, "run", "second").returncode == 0
     shutil.copytree(project / "run", project / "twin")  # but for its seed, which the teacher tells
     record = json.loads((project / "twin/run.json").read_text())
     (project / "twin/run.json").write_text(json.dumps({**record, "seed": 43}))
