@@ -215,7 +215,7 @@ def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
     }
     arguments = {**vars(args), "save_dir": str(save_dir), "device": str(device)}
     if args.dry_run:
-        needs = estimate(model, images, recipe, stages, world)
+        needs = estimate(model, images, recipe, stages, world, critic)
         intended = {
             "arguments": arguments,
             "model_config": model_config,

@@ -334,10 +334,11 @@ def test_a_stage_goes_on_with_its_teachers_critic(faces, workdir, monkeypatch, c
     with monkeypatch.context() as resumed:
         resumed.setattr(Training, "take_critic", None)  # a run that goes on has its own
         run(two, 2, "other", "--teacher", "first/last.ckpt")
-    with pytest.raises(
-        UserError, match="critic is of another form than that of adversarial: name a checkpoint without"
-    ):
-        run("adversarial:1", 1, "unfit", "--teacher", "first/last.ckpt")
+    for rehearsed in ([], ["--dry_run"]):
+        with pytest.raises(
+            UserError, match="critic is of another form than that of adversarial: name a checkpoint without"
+        ):
+            run("adversarial:1", 1, "unfit", "--teacher", "first/last.ckpt", *rehearsed)
 
 
 def test_slices_fit_the_micro_batch_and_are_equal():

@@ -207,14 +207,20 @@ class Training:
         settings = {"betas": (beta1, self.recipe.beta2), "weight_decay": weight_decay, "fused": True}
         return Muon(module, **settings) if muon else torch.optim.AdamW(module.parameters(), **settings)
 
-    def take_critic(self, weights: dict[str, Tensor]) -> None:
-        """Go on with a critic of another run. UserError if it is not the one that the stage makes."""
+    def take_critic(self, weights: dict[str, Tensor]) -> bool:
+        """Go on with a critic of another run, if the stage has one: whether it has.
+
+        Raises: UserError if it is not the one that the stage makes.
+        """
+        if self.nets.critic is None:
+            return False
         if _shapes(weights) != _shapes(self.nets.critic.state_dict()):
             raise UserError(
                 f"the teacher's critic is of another form than that of {self.stage.name}: name a checkpoint without "
                 "one (final_model.pt), or the options that it was trained with"
             )
         self.nets.critic.load_state_dict(weights)
+        return True
 
     @property
     def stage(self) -> Stage:

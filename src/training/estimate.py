@@ -13,12 +13,23 @@ from src.training.pairs import CHUNK, solve
 from src.training.recipe import Recipe, Stage
 
 
-def estimate(model, images: np.ndarray, recipe: Recipe, stages: list[Stage], world: World) -> dict:
+def estimate(
+    model,
+    images: np.ndarray,
+    recipe: Recipe,
+    stages: list[Stage],
+    world: World,
+    critic: dict[str, torch.Tensor] | None = None,
+) -> dict:
     """Parameters, memory of one process in GB, and hours, from a step of a few images in each stage.
 
     Weights, gradient, two moments (Muon has one) and three averages take 28 bytes a parameter, a teacher 4 more, a
     critic 16 of its own; activations are measured as what autograd keeps for one image. Time and activations are those
     of uncompiled steps: upper bounds where the engine compiles.
+
+    Args:
+        critic: weights that the first stage's critic, if it has one, would begin with.
+    Raises: UserError where training would not begin: slices that do not fit, a critic of another form.
     """
     count = min(max(8, *(stage.objective.at_once for stage in stages)), len(images))
     few = replace(recipe, batch_size=count, micro_batch=0)
@@ -28,6 +39,8 @@ def estimate(model, images: np.ndarray, recipe: Recipe, stages: list[Stage], wor
     for stage in stages:
         with torch.compiler.set_stance("force_eager"):
             training = rehearsal(model, images, few, stage)
+            if critic and stage is stages[0]:
+                training.take_critic(critic)
             kept = _kept_by_autograd(training)
             seconds_a_step = _seconds(model.device, training.step)
             if stage.objective.pairs:

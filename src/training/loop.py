@@ -59,10 +59,8 @@ def train(
     if checkpoint:
         training.restore(checkpoint)
         del checkpoint
-    elif critic and training.nets.critic is not None:
-        training.take_critic(critic)
-        if world.rank == 0:
-            print(f"{stages[0].name} goes on with the critic of its teacher")
+    elif critic and training.take_critic(critic) and world.rank == 0:
+        print(f"{stages[0].name} goes on with the critic of its teacher")
     if training.steps > recipe.num_iterations:
         raise UserError(
             f"the run in {save_dir} has {training.steps} iterations already, more than --num_iterations "
