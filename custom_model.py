@@ -165,11 +165,16 @@ class CustomGenerativeModel(BaseGenerativeModel):
                 return torch.full((len(xt),), time * scale, dtype=torch.float32, device=xt.device)
             return time.to(xt.device, torch.float32).expand(len(xt)) * scale
 
+        conditions = [embedded(t)]
         if self.network.use_additional_condition:
-            return self.network(xt, embedded(t), embedded(0.0 if d is None else d)).to(xt.dtype)
-        if d is not None:
+            conditions.append(embedded(0.0 if d is None else d))
+        elif d is not None:
             raise ValueError("this network has no extra condition, so it cannot be asked for a jump d")
-        return self.network(xt, embedded(t)).to(xt.dtype)
+        u = self.network(xt, *conditions).to(xt.dtype)
+        if not torch.is_grad_enabled():
+            # Or the next pass would take these casts of the weights from autocast's cache, and train nothing.
+            torch.clear_autocast_cache()
+        return u
 
     def velocity(self, xt: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """The mean velocity of a jump from x_t [B, ...] to t_next, asked as the objective has taught it; times [B]."""
@@ -195,12 +200,7 @@ class CustomGenerativeModel(BaseGenerativeModel):
             raise UserError(
                 f"{type(self.objective).__name__} learns from a trained model: use train.py, which keeps one"
             )
-        draw = self.objective.draw(data.shape)
-        # Autocast caches the casts of weights; those of a pass without gradient would serve the student's next
-        # one, which would then train nothing.
-        kind = data.device.type
-        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
-            loss, _ = self.objective.loss(Nets(student=self, ema=self), data, noise, 1.0, draw)
+        loss, _ = self.objective.loss(Nets(student=self, ema=self), data, noise, 1.0, self.objective.draw(data.shape))
         return loss.mean()
 
     @torch.no_grad()

@@ -23,7 +23,6 @@ from toy import MLP, one_stage
 import train as train_py
 from custom_model import UNETS, CustomGenerativeModel, CustomScheduler, create_custom_model
 from src.images import to_pixels
-from src.module import AttnBlock, ResBlock
 from src.objectives import make_objective, parse_stages
 from src.objectives.contract import Nets
 from src.training import engine, fusing, run_folder
@@ -434,7 +433,8 @@ def test_a_fused_network_is_the_same_function_and_so_are_its_copies(randomised):
     restored = copy.deepcopy(other)
     restored.load_state_dict(plain.state_dict())
     kinds = Counter(type(part) for part in restored.modules())
-    assert kinds[fusing.NormFirst] == 2 * kinds[ResBlock] + 1 and kinds[fusing.FlashAttention] and not kinds[AttnBlock]
+    assert kinds[fusing.NormFirst] == 2 * kinds[fusing.UnindexedResBlock] + 1 and kinds[fusing.FlashAttention]
+    assert not kinds.keys() & fusing.INSTEAD.keys()
     x, t, d = torch.randn(3, 3, 32, 32), torch.rand(3), torch.rand(3) / 2
     results = []
     for model in (plain, fused, restored):

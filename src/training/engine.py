@@ -127,9 +127,7 @@ def accumulate_gradient(
     for i in range(slices):
         rows = slice(i * size, (i + 1) * size)
         with world.synchronised(loss_module, i == slices - 1):
-            # Without autocast's cache: casts of weights left by a pass without gradient would serve the same network's
-            # next pass, which would then train nothing.
-            with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16):
                 part = {name: value[rows] for name, value in draw.items()}
                 loss, parts = loss_module(data[rows], noise[rows], progress, part)
             (loss.sum() / len(data)).backward()  # DDP averages over processes of equal shares
