@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from operations import Operations
 from toy import MLP, distances, one_stage, train_on_mixture
 
 from custom_model import TIME_SAMPLINGS, CustomGenerativeModel, CustomScheduler, create_custom_model
@@ -128,30 +128,18 @@ def test_engine_trains_every_weight(model):
     assert all((a != b).any() for a, b in zip(before, after, strict=True))
 
 
-class Casts(TorchDispatchMode):
-    """How often each tensor was cast."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket is torch.ops.aten._to_copy:
-            self.counts[id(args[0])] += 1
-        return function(*args, **(kwargs or {}))
-
-
 def test_all_jumps_with_a_gradient_share_one_cast_of_each_weight():
     """Not one a jump: a GPU that runs uncompiled waits for each."""
     model = create_custom_model(objective="adversarial", unet="small", image_size=32)
     nets, (data, noise) = nets_of(model), batch(8)
     draw = model.objective.draw(data.shape)
     assert draw["nfe"].max() == 4
-    with torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+    with torch.autocast("cpu", torch.bfloat16), Operations() as done:
         loss, _ = model.objective.loss(nets, data, noise, 0.5, draw)
     loss.mean().backward()
     convolutions = [part for part in model.modules() if isinstance(part, torch.nn.Conv2d)]
-    assert {casts.counts[id(part.weight)] for part in convolutions} == {1}
+    casts = Counter(first for name, first in done.calls if name == "_to_copy")
+    assert {casts[id(part.weight)] for part in convolutions} == {1}
     assert all(part.weight.grad is not None for part in convolutions)
 
 

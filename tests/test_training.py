@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from operations import Operations
 from PIL import Image
 from toy import MLP, one_stage
 
@@ -438,8 +439,11 @@ def test_a_fused_network_is_the_same_function_and_so_are_its_copies(randomised):
     x, t, d = torch.randn(3, 3, 32, 32), torch.rand(3), torch.rand(3) / 2
     results = []
     for model in (plain, fused, restored):
-        y = model.predict(x.requires_grad_(True), t, d)
-        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])])
+        with Operations() as done:
+            y = model.predict(x.requires_grad_(True), t, d)
+            results.append([y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])])
+        copied_into_zeros = {"slice_backward", "select_backward"} & {name for name, _ in done.calls}
+        assert bool(copied_into_zeros) == (model is plain)
     assert not torch.allclose(other.predict(x, t, d), results[0][0], atol=1e-2)
     scale = max(a.abs().max().item() for a in results[0][2:])  # some gradients are zero but for rounding
     for found in results[1:]:
