@@ -19,7 +19,7 @@ from toy import MLP, distances, one_stage, train_on_mixture
 from custom_model import TIME_SAMPLINGS, CustomGenerativeModel, CustomScheduler, create_custom_model
 from src.evaluation.report import CITATIONS as SCORES
 from src.objectives import OBJECTIVES, make_objective, parse_objective, parse_stages
-from src.objectives.adversarial import DRAWN, WOBBLE, feature_gap, octave_noise, weigh_detail, wobble
+from src.objectives.adversarial import DRAWN, WOBBLE, feature_gap, octave_noise, wobble
 from src.objectives.contract import Nets
 from src.objectives.critics import ConvCritic, augment, warp
 from src.objectives.rollout import in_turn, roll_out, sample_through
@@ -148,7 +148,7 @@ def test_a_step_never_waits_for_its_device_nor_mixes_devices(name, monkeypatch):
     if name == "reflow":
         pytest.skip("its pairs are numbers")
     if name == "adversarial/warped=0.25":
-        name += "/matching=1/detail=1"  # the former wants 16 images or more
+        name += "/matching=1"  # of 16 images or more
     model = create_custom_model(
         objective="rectified_flow", use_additional_condition=True, unet="small", image_size=32
     ).to("meta")
@@ -169,7 +169,7 @@ def test_a_step_never_waits_for_its_device_nor_mixes_devices(name, monkeypatch):
         ("shortcut", 1),
         ("alpha_flow", 1),
         ("adversarial/critic=conv/augmented=false", 7),
-        ("adversarial/critic=conv/augmented=false/warped=0.25/matching=1/detail=1", 7),
+        ("adversarial/critic=conv/augmented=false/warped=0.25/matching=1", 7),
         ("distribution_matching", 3),
     ],
 )
@@ -1055,40 +1055,6 @@ def test_matching_moves_the_student_toward_the_means_of_the_critics_features(cri
         for p in model.parameters():
             p -= 1e-4 * p.grad / p.grad.norm().clamp(min=1e-12)
         assert matched.loss(nets, data, noise, 0.3, draw)[1]["feature_gap"][0] < gap
-
-
-def test_a_gradients_detail_is_weighed_by_its_frequency():
-    turns = torch.arange(32) / 32 * 2 * torch.pi
-    waves = [torch.cos(down * turns[:, None] + right * turns) for down, right in ((0, 0), (3, 4), (0, -5), (16, 0))]
-    for power in (0.5, 1.0):
-        weighed = weigh_detail(sum(waves).expand(1, 3, 32, 32), power)
-        expected = sum((1 + f) ** power * wave for f, wave in zip((0, 5, 5, 16), waves, strict=True))
-        expected = expected * sum(waves).norm() / expected.norm()
-        torch.testing.assert_close(weighed, expected.expand(1, 3, 32, 32), rtol=1e-4, atol=1e-4)
-    odd = torch.randn(3, 3, 8, 5).bfloat16() * torch.tensor([1.0, 7.0, 0.0]).bfloat16()[:, None, None, None]
-    weighed = weigh_detail(odd, 1.0)
-    assert weighed.shape == odd.shape and weighed.dtype == odd.dtype and not torch.equal(weighed, odd)
-    sizes = (torch.linalg.vector_norm(g.float(), dim=(1, 2, 3)) for g in (weighed, odd))
-    torch.testing.assert_close(*sizes, rtol=1e-2, atol=0.0)
-
-
-def test_detail_weighs_what_samples_get_from_the_critic_and_nothing_else(monkeypatch, randomised):
-    model = randomised(create_custom_model(objective="adversarial/matching=1", unet="small", image_size=32))
-    nets, (data, noise) = nets_of(model), batch(16)
-    draw = model.objective.draw(data.shape)
-    sampled, x_t, u = (part.detach() for part in sample_through(model, noise, draw["nfe"], draw["position"]))
-    found = []
-    for name in ("adversarial/matching=1", "adversarial/matching=1/detail=1"):
-        leaves = sampled.clone().requires_grad_(), u.clone().requires_grad_()
-        fake, velocity = (leaf * 1.0 for leaf in leaves)
-        monkeypatch.setattr("src.objectives.adversarial.sample_through", lambda *_: (fake, x_t, velocity))  # noqa: B023
-        loss, _ = make_objective(name, model.scheduler).loss(nets, data, noise, 0.3, draw)
-        loss.mean().backward()
-        found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
-    (loss, at_fake, at_u), (loss_of_detail, at_fake_of_detail, at_u_of_detail) = found
-    assert at_fake.abs().amax((1, 2, 3)).min() > 0
-    torch.testing.assert_close(at_fake_of_detail, weigh_detail(at_fake, 1.0))
-    assert torch.equal(loss, loss_of_detail) and torch.equal(at_u, at_u_of_detail)
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Adversarial finetuning of a flow map at the samples of 1, 2 and 4 steps."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -53,8 +52,6 @@ class Adversarial(Objective):
             "its lines wobble").
         matching: weight of the `feature_gap` in the student's loss; its gradient is nearly the same on average, not
             exactly, in smaller slices of the batch or over more processes.
-        detail: power of a frequency by which the gradient that a sample gets from the critic is weighed, see
-            `weigh_detail` (benchmarks/LOG.md, "the gradient's detail").
     """
 
     rate: float = 0.5
@@ -67,7 +64,6 @@ class Adversarial(Objective):
     augmented: bool = True
     warped: float = 0.0
     matching: float = 0.0
-    detail: float = 0.0
 
     STEP = 0.01
     needs_teacher = True
@@ -124,8 +120,6 @@ class Adversarial(Objective):
         t, s = (time.to(data.device, non_blocking=True) for time in times)
         with torch.no_grad(), eval_mode(nets.teacher):
             anchor = nets.teacher.velocity(x_t, t, s)
-        if self.detail:
-            fake.register_hook(partial(weigh_detail, power=self.detail))
         real, fake = self._seen(data, fake, draw)
         (d_real, features_real), (d_fake, features_fake) = nets.critic(real, nfe), nets.critic(fake, nfe)
         adversarial = F.softplus(d_real - d_fake)
@@ -189,23 +183,6 @@ def feature_gap(real: Tensor, fake: Tensor) -> Tensor:
     halves = [((fake - real) * half).sum(0) / half.sum() for half in (first, 1 - first)]
     # Divided by n - 3, for one over a Gaussian variance to be unbiased whatever n is: a slice of the batch has fewer.
     return (halves[0] * halves[1] / real.var(0, correction=3).clamp(min=1e-12)).mean()
-
-
-def weigh_detail(gradient: Tensor, power: float) -> Tensor:
-    """The gradient at images [B, C, H, W], each frequency's amplitude times (1 + f) ** power, f in cycles an image, and
-    each image's norm as it was.
-
-    What a critic asks of an image as a whole, such as another colour, is little in pixels but much in the weights,
-    where one bias makes it, and drowns what it asks of details there.
-    """
-    *_, height, width = gradient.shape
-    down = torch.fft.fftfreq(height, 1 / height, device=gradient.device)
-    right = torch.fft.rfftfreq(width, 1 / width, device=gradient.device)
-    amplitude = (1 + torch.hypot(down[:, None], right)) ** power
-    spectrum = torch.fft.rfft2(gradient.float().contiguous())  # MKL refuses an expanded tensor
-    weighed = torch.fft.irfft2(spectrum * amplitude, s=(height, width))
-    before, after = (torch.linalg.vector_norm(g.float(), dim=(1, 2, 3), keepdim=True) for g in (gradient, weighed))
-    return (weighed * (before / after.clamp(min=1e-20))).to(gradient.dtype)
 
 
 def octave_noise(shape: tuple[int, ...]) -> Tensor:

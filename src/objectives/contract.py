@@ -57,7 +57,7 @@ class Objective(ABC):
     SHARES = ("flow", "keep", "grid", "real", "hold", "warped")
     COUNTS = ("levels", "pairs", "solver_steps", "critic_steps")
     POSITIVE = ("rate", "critic_rate", "alpha", "q", "anchor", "anchor_end", "steady")
-    NOT_NEGATIVE = ("gamma", "power", "anneal", "matching", "detail")
+    NOT_NEGATIVE = ("gamma", "power", "anneal", "matching")
 
     needs_condition = True  # does the network embed d?
     needs_teacher = False
