@@ -129,7 +129,7 @@ def parse_arguments() -> argparse.Namespace:
         "--max_minutes",
         type=float,
         default=None,
-        help="end a session, save and export after so many minutes; not while reflow generates pairs",
+        help="end a session, save and export after so many minutes; reflow's pairs go on in the next",
     )
     add("--eval_interval", type=int, default=0, help="score every so many steps and keep best_model.pt; 0: never")
     add("--eval_samples", type=int, default=None, help="samples for each NFE; None: 500")

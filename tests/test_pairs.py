@@ -80,6 +80,15 @@ def test_pairs_are_made_once_and_go_on_where_they_were(teacher, workdir, monkeyp
     assert len(list((workdir / "data/cache").iterdir())) == 2
 
 
+def test_max_minutes_end_a_session_after_each_chunk(teacher, workdir):
+    for chunks in (1, 2, 3):
+        with pytest.raises(UserError, match="--max_minutes ended while generating pairs: the same command goes on"):
+            load_pairs(teacher, SHAPE, reflow(), seed=1, ends=0.0)
+        assert len(list(workdir.glob("data/cache/*/*.npy"))) == chunks
+    noise, images = load_pairs(teacher, SHAPE, reflow(), seed=1, ends=0.0)
+    assert np.allclose(images, noise * GaussianField.SIGMA, atol=0.02)
+
+
 def test_pairs_that_are_not_the_teachers_are_refused(teacher, workdir):
     load_pairs(teacher, SHAPE, reflow(), seed=1)
     (folder,) = (workdir / "data/cache").iterdir()

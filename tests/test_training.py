@@ -132,6 +132,18 @@ def test_max_minutes_ends_the_run_with_a_final_model(faces, workdir, script_env)
     assert facts["stages"] == record["stages"]
 
 
+def test_max_minutes_end_while_pairs_are_generated(faces, workdir, monkeypatch):
+    flags = ["--stages", "rectified_flow:0.5,reflow/pairs=100/solver=euler/solver_steps=1:0.5", "--num_iterations", "2"]
+    flags += ["--data_root", str(faces), "--split_dir", str(faces), "--save_dir", "run", "--max_minutes", "1e-6"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *flags])
+    train_py.main()
+    with pytest.raises(UserError, match="--max_minutes ended while generating pairs: the same command goes on"):
+        train_py.main()
+    assert len(list(Path("data/cache").glob("pairs-*/*.npy"))) == 1  # of two chunks
+    train_py.main()
+    assert [stage["steps"] for stage in json.loads(Path("run/run.json").read_text())["stages"]] == [1, 1]
+
+
 def test_only_a_finished_model_of_the_challenges_kind_becomes_the_released_one(faces, workdir, monkeypatch):
     monkeypatch.setitem(UNETS, "full", UNETS["small"])  # by its name the challenge's
     command = ["train.py", "--data_root", str(faces), "--split_dir", str(faces), "--device", "cpu", "--batch_size", "2"]

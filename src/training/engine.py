@@ -1,8 +1,10 @@
 """One step of training, which every objective shares, and the state that it changes."""
 
 import copy
+import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import cache
 
@@ -145,6 +147,7 @@ class Training:
     """
 
     def __init__(self, model, images: np.ndarray, recipe: Recipe, stages: list[Stage], world: World = ALONE):
+        self.ends = time.monotonic() + 60 * (recipe.max_minutes or math.inf)  # the session
         self.slices = recipe.slices(len(images), world, stages)
         self.model, self.recipe, self.stages, self.world = model.train(), recipe, stages, world
         self.bf16 = has_bf16(model.device)
@@ -248,7 +251,8 @@ class Training:
         recipe, objective, critic = self.recipe, self.stage.objective, self.nets.critic
         if objective.pairs and self.pairs is None:
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-                self.pairs = load_pairs(self.nets.teacher, self.images.shape[1:], objective, recipe.seed, self.world)
+                shape = self.images.shape[1:]
+                self.pairs = load_pairs(self.nets.teacher, shape, objective, recipe.seed, self.world, self.ends)
 
         most_warmup = self.stage.steps // 10 if self.index else None
         lr = recipe.learning_rate(self.age, most_warmup) * objective.fall(self.progress)

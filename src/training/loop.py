@@ -73,7 +73,7 @@ def train(
 
     logs: dict[str, list[Tensor]] = {}
     step = interval_start = training.steps
-    began = interval_began = time.monotonic()
+    interval_began = time.monotonic()
     progress = tqdm(total=recipe.num_iterations, initial=step, desc="training", disable=folder is None)
     received: list[int] = []  # signals to stop, upon which the loop saves first
     with on_stop(lambda number, frame: received.append(number)), progress:
@@ -86,8 +86,7 @@ def train(
                     logs.setdefault(name, []).extend(values)
 
             logging = step % recipe.log_interval == 0
-            late = recipe.max_minutes is not None and time.monotonic() - began > 60 * recipe.max_minutes
-            finished = world.any(step >= recipe.num_iterations or late)
+            finished = world.any(step >= recipe.num_iterations or time.monotonic() > training.ends)
             stopped = world.any(bool(received))
             at_interval = finished or step % recipe.save_interval == 0 or training.at_end_of_stage()
             scoring = recipe.eval_interval and (finished or step % recipe.eval_interval == 0)

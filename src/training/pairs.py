@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from src.utils import CACHE, UserError, on_stop, replacing, weights_hash, write_
 PAIRS = "pairs.npy"
 CHUNK = 64  # pairs that are generated and written together
 VERIFIED = 16  # pairs that are generated once more, to see whether they are the teacher's
+GOES_ON = "while generating pairs: the same command goes on where they were"
 FIRST_NOISE = 2**31  # to 2**32, all that a generator tells apart: far from the seeds of samples that are scored
 
 
@@ -40,7 +42,7 @@ def solve(teacher, noise: Tensor, solver: str, steps: int) -> Tensor:
 
 
 def load_pairs(
-    teacher, shape: tuple[int, ...], objective: Objective, seed: int, world: World = ALONE
+    teacher, shape: tuple[int, ...], objective: Objective, seed: int, world: World = ALONE, ends: float = math.inf
 ) -> tuple[np.ndarray, np.ndarray]:
     """Noise and images, float16 [pairs, *shape] each, memory-mapped: what is missing of them is generated first.
 
@@ -49,7 +51,8 @@ def load_pairs(
 
     Args:
         objective: says `pairs`, `solver` and `solver_steps`.
-    Raises: UserError if the pairs there are not what the teacher makes of their noise.
+        ends: when to stop, by `time.monotonic`; a chunk is made in any case.
+    Raises: UserError if they are stopped, or the pairs there are not what the teacher makes of their noise.
     """
     count = objective.pairs
     manifest = {
@@ -73,14 +76,18 @@ def load_pairs(
     own = missing[world.rank :: world.size]
 
     def stop(number, frame):  # there is nothing to save
-        raise UserError("stopped while generating pairs: the same command goes on where they were")
+        raise UserError(f"stopped {GOES_ON}")
 
+    cut = False
     with on_stop(stop):
         for chunk in tqdm(own, desc=f"pairs -> {folder}", unit=f"x{CHUNK}", disable=world.rank > 0 or not own):
+            if cut := chunk != own[0] and time.monotonic() > ends:
+                break
             made = generated(range(chunk * CHUNK, min((chunk + 1) * CHUNK, count)))
             with replacing(folder / f"{chunk}.npy") as temporary, temporary.open("wb") as file:
                 np.save(file, torch.stack(made).half().cpu().numpy())
-        world.any(False)  # wait for each other
+        if world.any(cut):  # having waited for each other
+            raise UserError(f"--max_minutes ended {GOES_ON}")
         world.from_rank_0(lambda: _join(folder, (2, count, *shape)))
     noise, images = np.load(folder / PAIRS, mmap_mode="r")
     some = np.random.default_rng(seed).choice(count, min(VERIFIED, count), replace=False)
