@@ -69,7 +69,7 @@ def test_pairs_are_made_once_and_go_on_where_they_were(teacher, workdir, monkeyp
         return solve(model, eps, *how)
 
     monkeypatch.setattr(room, "solve", interrupted)
-    with pytest.raises(UserError, match="stopped while generating pairs: the same command goes on"):
+    with pytest.raises(UserError, match="stopped while generating pairs: the same command, with"):
         load_pairs(teacher, SHAPE, reflow(), seed=1)
     assert sorted(path.name for path in folder.glob("*.npy")) == ["0.npy", "1.npy"]
     monkeypatch.setattr(room, "solve", lambda model, eps, *how: solved.append(len(eps)) or solve(model, eps, *how))
@@ -82,7 +82,7 @@ def test_pairs_are_made_once_and_go_on_where_they_were(teacher, workdir, monkeyp
 
 def test_max_minutes_end_a_session_after_each_chunk(teacher, workdir):
     for chunks in (1, 2, 3):
-        with pytest.raises(UserError, match="--max_minutes ended while generating pairs: the same command goes on"):
+        with pytest.raises(UserError, match="--max_minutes ended while generating pairs: the same command, with"):
             load_pairs(teacher, SHAPE, reflow(), seed=1, ends=0.0)
         assert len(list(workdir.glob("data/cache/*/*.npy"))) == chunks
     noise, images = load_pairs(teacher, SHAPE, reflow(), seed=1, ends=0.0)

@@ -120,6 +120,15 @@ def test_export_tells_of_steps_that_were_never_scored(finished_run, capsys):
         assert (told in capsys.readouterr().err) if told else not capsys.readouterr().err
 
 
+def test_without_scores_export_takes_the_model_that_was_trained_further(finished_run):
+    """A session that --max_minutes ended wrote a final model, and the next one was interrupted."""
+    (finished_run / "best_model.pt").rename(finished_run / "last.ckpt")
+    assert export(finished_run).name == "last.ckpt"
+    final = read_checkpoint(finished_run / "final_model.pt")
+    torch.save({**final, "provenance": {"step": 2}}, finished_run / "final_model.pt")
+    assert export(finished_run).name == "final_model.pt"
+
+
 def test_eight_bits_are_within_a_step_and_their_sums_within_half_a_step():
     state = {"weight": torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0)), "bias": torch.ones(5)}
     state["weight"][2] = 0

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -137,11 +138,23 @@ def test_max_minutes_end_while_pairs_are_generated(faces, workdir, monkeypatch):
     flags += ["--data_root", str(faces), "--split_dir", str(faces), "--save_dir", "run", "--max_minutes", "1e-6"]
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *flags])
     train_py.main()
-    with pytest.raises(UserError, match="--max_minutes ended while generating pairs: the same command goes on"):
+    with pytest.raises(UserError, match="--max_minutes ended while generating pairs: the same command, with"):
         train_py.main()
     assert len(list(Path("data/cache").glob("pairs-*/*.npy"))) == 1  # of two chunks
+    sessions = json.loads(Path("run/run.json").read_text())["sessions"]
+    assert [one["last_step"] for one in sessions] == [1, 1] and sessions[1]["seconds"] > 0
     train_py.main()
     assert [stage["steps"] for stage in json.loads(Path("run/run.json").read_text())["stages"]] == [1, 1]
+
+
+def test_a_signal_while_a_stage_is_saved_ends_the_run_before_the_next_ones_pairs(faces, workdir, monkeypatch):
+    flags = ["--stages", "rectified_flow:0.5,reflow/pairs=100/solver=euler/solver_steps=1:0.5", "--num_iterations", "2"]
+    flags += ["--data_root", str(faces), "--split_dir", str(faces), "--save_dir", "run"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *flags])
+    monkeypatch.setattr(run_folder.RunFolder, "preview", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(UserError, match="stopped at iteration 1 and saved"):
+        train_py.main()
+    assert Path("run/last.ckpt").exists() and not list(Path("data/cache").glob("pairs-*"))
 
 
 def test_only_a_finished_model_of_the_challenges_kind_becomes_the_released_one(faces, workdir, monkeypatch):
@@ -532,6 +545,16 @@ def small_run(faces, workdir):
         return save_dir
 
     return run
+
+
+def test_models_without_a_checkpoint_to_go_on_from_are_not_replaced(small_run):
+    save_dir = small_run(2)
+    for path in save_dir.glob("*.ckpt"):  # 2 GB each on the challenge's network
+        path.unlink()
+    kept = {path: path.read_bytes() for path in save_dir.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match="run holds final_model.pt, but no last.ckpt to go on from: choose another"):
+        small_run(1)
+    assert {path: path.read_bytes() for path in kept} == kept
 
 
 def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(small_run):

@@ -57,8 +57,8 @@ def load_last(save_dir: Path, identity: dict, defaults: dict[str, dict]) -> dict
     Args:
         identity: the settings that make a run this run.
         defaults: of the options of its stages' objectives, by the stages' names.
-    Raises: UserError if all checkpoints are damaged or foreign, or belong to a run with other settings, or if the
-        folder holds a model that no run wrote there.
+    Raises: UserError if all checkpoints are damaged or foreign, or belong to a run with other settings, or if there
+        is none and the folder holds models, which would be lost.
     """
     paths = [save_dir / name for name in (NEXT, LAST, PREVIOUS) if (save_dir / name).exists()]
     faults = []
@@ -77,6 +77,10 @@ def load_last(save_dir: Path, identity: dict, defaults: dict[str, dict]) -> dict
     if (save_dir / "model_config.json").exists() and not (save_dir / "training_config.json").exists():
         raise UserError(
             f"{save_dir} holds a model that was not trained there, whose files would be lost: choose another --save_dir"
+        )
+    if models := sorted(path.name for path in save_dir.glob("*.pt")):
+        raise UserError(
+            f"{save_dir} holds {models[-1]}, but no {LAST} to go on from: choose another --save_dir, or delete them"
         )
     return None
 

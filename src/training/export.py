@@ -10,7 +10,7 @@ from src.training.record import parsed
 from src.utils import UserError, objective_of, read_checkpoint, read_config, save_weights, weights_of
 
 TARGET = Path("checkpoints/best_model.pt")
-CHOICES = ("best_model.pt", "final_model.pt", "last.ckpt")  # the first that a run has
+CHOICES = ("best_model.pt", "final_model.pt", "last.ckpt")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": None}  # int8: with scales, see `quantised`
 FORBIDDEN = {"unet": "small", "image_size": 32}
 
@@ -20,7 +20,7 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
 
     Args:
         run: a folder that train.py wrote.
-        checkpoint: a file in it; None: the best by score, else the final, else the last one.
+        checkpoint: a file in it; None: the best by score, else of the final and the last the one trained further.
         dtype: float16 halves the file, int8 quarters it; loading makes a float32 model of each.
     Returns: the checkpoint that was taken.
     Raises: UserError if there is none, its network is not the challenge's and `target` is the submission's place, or
@@ -29,13 +29,7 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
     if target.suffix != ".pt" or target.is_dir():
         raise UserError(f"--out {target} names no checkpoint: give a file that ends in .pt")
     submitted = target.resolve() == TARGET.resolve()
-    names = [checkpoint] if checkpoint else [name for name in CHOICES if (run / name).is_file()]
-    if not names:
-        raise UserError(f"{run} holds none of {', '.join(CHOICES)}: is it a folder that train.py wrote?")
-    source = run / names[0]
-    if names[:2] == list(CHOICES[:2]) and (left := unscored(run)):
-        told = f"{run}/{names[1]} is further by {left} steps, never scored: --checkpoint {names[1]} takes it"
-        print(f"warning: {told}", file=sys.stderr)
+    source = run / (checkpoint or choose(run))
     kept = target.name in CHOICES or target.name.startswith("checkpoint_iter_") or target.name == source.name
     if kept and not submitted and target.parent.resolve() == source.parent.resolve():
         raise UserError(f"--out {target} would replace a model of {run}: choose another name")
@@ -59,13 +53,31 @@ def export(run: Path, checkpoint: str | None = None, dtype: str = "float32", tar
     return source
 
 
-def unscored(run: Path) -> int:
-    """How many steps a run made after those among which its best model was chosen."""
+def choose(run: Path) -> str:
+    """The name of a run's model: the best by score, with a warning if others were never scored, else the furthest.
+
+    Raises: UserError if it has none.
+    """
+    steps = {name: step_of(run / name) for name in CHOICES if (run / name).is_file()}
+    if not steps:
+        raise UserError(f"{run} holds none of {', '.join(CHOICES)}: is it a folder that train.py wrote?")
+    best = steps.pop(CHOICES[0], None)
+    # A final model may be of a session that --max_minutes ended, and the run have gone on.
+    furthest = max(steps, key=steps.get, default=CHOICES[0])
+    if best is None:
+        return furthest
     path = run / "metrics.jsonl"
     rows = filter(None, map(parsed, path.read_text().splitlines())) if path.is_file() else []
     scored = [row["step"] for row in rows if "ratio" in row]
-    last = read_checkpoint(run / CHOICES[1]).get("provenance", {}).get("step", 0)
-    return max(0, last - max(scored)) if scored else 0
+    if steps and scored and (left := steps[furthest] - max(scored)) > 0:
+        told = f"{run}/{furthest} is further by {left} steps, never scored: --checkpoint {furthest} takes it"
+        print(f"warning: {told}", file=sys.stderr)
+    return CHOICES[0]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of its run that a checkpoint is of; 0 if it does not tell."""
+    return read_checkpoint(checkpoint).get("provenance", {}).get("step", 0)
 
 
 def refuse_other_config(target: Path, config: dict) -> None:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -76,7 +77,9 @@ def train(
     interval_began = time.monotonic()
     progress = tqdm(total=recipe.num_iterations, initial=step, desc="training", disable=folder is None)
     received: list[int] = []  # signals to stop, upon which the loop saves first
-    with on_stop(lambda number, frame: received.append(number)), progress:
+    with on_stop(lambda number, frame: received.append(number)), progress, ExitStack() as at_the_end:
+        if folder:
+            at_the_end.callback(folder.write_record)  # pairs may have taken all of a session, and ended it
         finished = stopped = False
         while not (finished or stopped):
             if step < recipe.num_iterations:
@@ -115,6 +118,8 @@ def train(
                 if at_interval or early_preview(step):
                     folder.preview()
             interval_began += time.monotonic() - left  # saving and scoring are not training
+            if at_interval and not stopped:  # the next step may begin with hours of pairs
+                stopped = world.any(bool(received))
     if not finished:
         raise UserError(f"stopped at iteration {step} and saved: the same command with --save_dir {save_dir} goes on")
     return step

@@ -20,7 +20,7 @@ from src.utils import CACHE, UserError, on_stop, replacing, weights_hash, write_
 PAIRS = "pairs.npy"
 CHUNK = 64  # pairs that are generated and written together
 VERIFIED = 16  # pairs that are generated once more, to see whether they are the teacher's
-GOES_ON = "while generating pairs: the same command goes on where they were"
+GOES_ON = "while generating pairs: the same command, with its --save_dir, goes on where they were"
 FIRST_NOISE = 2**31  # to 2**32, all that a generator tells apart: far from the seeds of samples that are scored
 
 
