@@ -62,9 +62,9 @@ def sound(tmp_path_factory) -> Path:
             p.add_(0.05 * torch.randn_like(p))
     save_model(model.half(), str(root / "checkpoints/best_model.pt"), CONFIG, provenance=PROVENANCE)
     face = next((root / "data").glob("*.png"))
-    for nfe in (1, 2, 4):
+    for k, nfe in enumerate((1, 2, 4)):
         (root / f"samples/nfe={nfe}").mkdir(parents=True)
-        for i, sample in enumerate(sorted((root / "data").glob("*.png"))[:8]):
+        for i, sample in enumerate(sorted((root / "data").glob("*.png"))[8 * k : 8 * k + 8]):
             shutil.copyfile(sample, root / f"samples/nfe={nfe}/{i:04d}.png")
     shutil.copyfile(face, root / "face.png")
     typeset(WRITEUP, root / "writeup.pdf")
@@ -323,10 +323,20 @@ STATIC = {
         "samples",
         "in samples/ different noise gives the same image",
     ),
+    "samples of one NFE as another's": (
+        lambda p: shutil.copyfile(p / "samples/nfe=1/0003.png", own_copy(p / "samples/nfe=4/0005.png")),
+        "samples",
+        "in samples/ images of different NFEs are the same",
+    ),
     "a sample of one colour": (
         lambda p: Image.new("RGB", (64, 64), "red").save(own_copy(p / "samples/nfe=4/0003.png")),
         "samples",
         "in samples/ some are of one colour",
+    ),
+    "a write-up of another model": (
+        spoiled_writeup('#set page(paper: "a4")', '#set page(paper: "a4")\n#set document(keywords: "model 4567")'),
+        "write-up model",
+        "of another model than the checkpoint, or of other filters",
     ),
     "a stale write-up": (
         lambda p: os.utime(own_copy(p / "writeup.pdf"), (0, 0)),
@@ -427,7 +437,7 @@ def provenance_known(submission):
     """In the place of `model`, for checks that run nothing."""
     spoilt = (submission.subject.root / "unknown").exists()
     unknown = [{"objective": "unknown", "steps": 0, "citations": []}] if spoilt else []
-    submission.facts = {"provenance": {**PROVENANCE, "stages": STAGES + unknown}}
+    submission.facts = {"provenance": {**PROVENANCE, "stages": STAGES + unknown}, "weights": "0123", "sampler": {}}
     return iter(())
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -301,6 +302,49 @@ def test_measure_fid_prints_and_stores_clean_fids_score(fid_script, workdir, fac
         result = json.loads((workdir / name).read_text())
         assert list(result) == ["fid_score", "generated_dir", "reference_dir"]
         assert result["fid_score"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_measure_fid_takes_a_folders_name_as_it_is_and_keeps_each_ones_score(fid_script, workdir):
+    run, _ = fid_script
+    shutil.copytree(workdir / "samples/nfe=1", workdir / "a[1]/samples/nfe=1")
+    for path in sorted((workdir / "a[1]/samples/nfe=1").iterdir())[8:]:
+        path.unlink()
+    (workdir / "a[1]").rename(workdir / "b")
+    shutil.copytree(workdir / "samples/nfe=1", workdir / "a[1]/samples/nfe=1")
+    shutil.copytree(workdir / "b", workdir / "a1")  # what the brackets, as a pattern, would name
+    for folder in ("a[1]", "b"):
+        run("--generated_dir", f"{folder}/samples/nfe=1")
+    run()
+    found = {path.stem: json.loads(path.read_text())["fid_score"] for path in workdir.glob("fid_results_*.json")}
+    assert found["fid_results_a[1]_samples_nfe=1"] == found["fid_results_samples_nfe=1"]
+    assert found["fid_results_b_samples_nfe=1"] != found["fid_results_samples_nfe=1"]
+
+
+def test_measure_fid_scores_other_images_by_their_own_split(fid_script, workdir):
+    run, _ = fid_script
+    (workdir / "data").rename(workdir / "other")
+    with pytest.raises(UserError, match="no split file data/train_split.txt.*--split_dir"):
+        run()
+    run("--split_dir", "other")
+    assert len(list((workdir / "data/simpsons_64x64/val").iterdir())) == 8
+
+
+def test_measure_fid_refuses_bad_flags_before_it_scores(fid_script, workdir, capsys):
+    run, _ = fid_script
+    for flags, told in (
+        (["--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--output_path", ""], "--output_path  names no file"),
+        (["--output_path", "data"], "--output_path data names no file"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*flags)
+        assert told in capsys.readouterr().err
+    for path in (workdir / "samples/nfe=1").iterdir():
+        with Image.open(path) as image:
+            small = image.resize((32, 32))
+        small.save(path)
+    with pytest.raises(UserError, match="nfe=1 holds images of 32 x 32, .*val of 64 x 64"):
+        run()
 
 
 def test_measure_fid_refuses_folders_that_would_be_miscounted(fid_script, workdir):

@@ -12,7 +12,9 @@ from PIL import Image
 from pypdf import PdfReader
 
 from src.evaluation.sampler import save_chosen
+from src.submission.probe import inspect
 from src.submission.writeup import judge, letters
+from writeup.pages import keyword
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN_FIGURE = 'failures = [#image("mine.png", width: 9pt)]'
@@ -72,9 +74,17 @@ def test_write_up_is_whole_and_keeps_the_teams_words(project):
     assert result.returncode == 0, result.stderr
     pdf = project / "writeup/writeup.pdf"
     provenance = torch.load(project / "run/smooth/final_model.pt", weights_only=True)["provenance"]
-    judged = list(judge(pdf, project / "references.bib", provenance))
-    assert [name for name, _, _ in judged] == ["write-up pages", "write-up names", "write-up parts", "citations"]
-    assert [fault for _, fault, _ in judged] == [""] * 4
+    smooth, facts = project / "run/smooth", {}  # what the report was of, as the check sees it
+    files = {"checkpoint": str(smooth / "final_model.pt"), "config": str(smooth / "model_config.json")}
+    inspect({"loader": str(ROOT / "src/utils.py"), **files}, facts)
+    assert facts["sampler"]["smoothing"] == {"2": 0.1} and facts["sampler"]["asking"] == {"2": 0.75}
+    model = keyword(facts["weights"], facts["sampler"])
+    judged = list(judge(pdf, project / "references.bib", provenance, model))
+    names = ["write-up model", "write-up pages", "write-up names", "write-up parts", "citations"]
+    assert [name for name, _, _ in judged] == names and not any(fault for _, fault, _ in judged)
+    for other in (keyword(facts["weights"], {}), keyword("0" * 16, facts["sampler"])):
+        (name, fault, _), *_ = judge(pdf, project / "references.bib", provenance, other)
+        assert name == "write-up model" and fault
     text = "\n".join(page.extract_text() for page in PdfReader(pdf).pages)
     report = json.loads((project / "run/report/report.json").read_text())
     told = (

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from pages import PAGES, counted
+from pages import PAGES, counted, keyword
 
 try:
     import typst
@@ -216,6 +216,7 @@ def gathered(records: list[dict], scored: dict) -> dict:
     return {
         "stages": stages(trained, words(HERE / "methods.typ"), known),
         "citations": cited,
+        "keyword": keyword(scored["weights"], scored["sampler"]),
         "sampler": {name: by_nfe(values) for name, values in scored["sampler"].items()},
         "settings": f"{optimisers(trained)}, {', then '.join(dict.fromkeys(map(settings, records)))}"
         + ("" if full else f", a {model['unet']} U-Net at {model['image_size']} px: an experiment, no submission"),

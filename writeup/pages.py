@@ -1,5 +1,8 @@
-"""Which pages of a write-up count: all before the references, of which the challenge reads two."""
+"""What a write-up's builder and its judge must agree on: which pages count (all before the references, of which the
+challenge reads two), and how a PDF tells which model it describes."""
 
+import hashlib
+import json
 import re
 
 PAGES = 2
@@ -12,3 +15,8 @@ def counted(texts: list[str]) -> int:
         if HEADING.search(texts[i]):
             return i if HEADING.match(texts[i].strip()) else i + 1
     return len(texts)
+
+
+def keyword(weights: str, sampler: dict) -> str:
+    """The PDF's keyword for the model of these weights (a hash of them) and of this sampler (JSON types)."""
+    return "model " + hashlib.sha256(json.dumps([weights, sampler], sort_keys=True).encode()).hexdigest()[:16]

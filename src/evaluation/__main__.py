@@ -4,13 +4,11 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
-
 from src.evaluation.compare import OURS, ablate, compare
 from src.evaluation.distances import frechet_distance
 from src.evaluation.features import folder_features, load_features, official_inception
 from src.evaluation.launch import split_flags
-from src.evaluation.reference import image_files, write_reference
+from src.evaluation.reference import refuse_other_size, write_reference
 from src.evaluation.report import SWEEP, report
 from src.evaluation.sampler import choose_grids, choose_strength
 from src.evaluation.scoring import CHOOSING_SEED
@@ -23,16 +21,7 @@ FEATURES = "TorchScript network; left out, the official Inception network, for t
 
 def score(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
-    sizes = []
-    for folder in (args.generated, args.reference):
-        with Image.open(image_files(folder)[0]) as image:
-            sizes.append(image.size)
-    if sizes[0] != sizes[1]:  # both would be enlarged for the network, and one be blurred by it
-        (a, b), (c, d) = sizes
-        raise UserError(
-            f"{args.generated} holds images of {a} x {b}, {args.reference} of {c} x {d}: write a reference of the "
-            "samples' size, python -m src.evaluation reference --size"
-        )
+    refuse_other_size(args.generated, args.reference)
     features = load_features(args.features or official_inception(), device)
     reference = folder_features(args.reference, features, device, cache=True)
     generated = folder_features(args.generated, features, device)

@@ -54,3 +54,17 @@ def image_files(folder: str | os.PathLike) -> list[Path]:
                 f"{first[0]} x {first[1]}"
             )
     return files
+
+
+def refuse_other_size(generated: str | os.PathLike, reference: str | os.PathLike) -> None:
+    """UserError if two folders hold images of different size, or `image_files` refuses one of them."""
+    sizes = []
+    for folder in (generated, reference):
+        with Image.open(image_files(folder)[0]) as image:
+            sizes.append(image.size)
+    if sizes[0] != sizes[1]:  # both would be enlarged for the network, and one be blurred by it
+        (a, b), (c, d) = sizes
+        raise UserError(
+            f"{generated} holds images of {a} x {b}, {reference} of {c} x {d}: write a reference of the samples' size, "
+            "python -m src.evaluation reference --size"
+        )

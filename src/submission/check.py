@@ -22,6 +22,7 @@ from src.submission import environment
 from src.submission.contents import CONFIG, LOADER, REQUIRED, WRITEUP, altered_files
 from src.training.export import TARGET
 from src.utils import NFES, UserError, tensor_to_pil_image
+from writeup.pages import keyword
 
 LIMIT = 256  # MiB: one float32 checkpoint of the network fits, two do not
 SOURCES = {".py", ".json"}  # what belongs in src/: weights come under many endings
@@ -229,6 +230,13 @@ def dull(drawn: list[list[np.ndarray]]) -> list[str]:
     return faults
 
 
+def shared(drawn: list[list[np.ndarray]]) -> list[str]:
+    """What tells that images of one NFE are another's, for each NFE some `flat` ones."""
+    seen = [{image.tobytes() for image in images} for images in drawn]
+    distinct = len(set.union(*seen)) == sum(map(len, seen))
+    return [] if distinct else ["images of different NFEs are the same: they are not this model's"]
+
+
 def pictures(paths: list[Path]) -> tuple[list[np.ndarray], list[str]]:
     """Those of the files that are 64x64 RGB images, `flat`, and what is wrong with the others."""
     drawn, faults = [], []
@@ -333,7 +341,7 @@ def samples(s: Submission) -> Iterator[Line]:
         drawn, unfit = zip(*map(pictures, folders.values()), strict=True)
         if faults := [fault for some in unfit for fault in some]:
             yield failed("samples", f"{'; '.join(faults[:3])}; they must be 64x64 RGB: python sampling.py")
-        elif faults := dull(drawn):
+        elif faults := dull(drawn) or shared(drawn):
             yield failed("samples", f"in samples/ {'; '.join(faults)}: python sampling.py")
         else:
             told = "none of one colour, no two of one NFE alike, not older than the checkpoint and its config"
@@ -354,8 +362,9 @@ def written(s: Submission) -> Iterator[Line]:
     except ModuleNotFoundError as error:
         yield failed("write-up", f"cannot be judged without {error.name}: pip install -r requirements-dev.txt")
         return
-    cited = s.facts.get("provenance", {})
-    for name, fault, told in writeup.judge(s.tree / WRITEUP, s.subject.root / "references.bib", cited):
+    model = keyword(s.facts["weights"], s.facts["sampler"]) if "weights" in s.facts else ""
+    found = writeup.judge(s.tree / WRITEUP, s.subject.root / "references.bib", s.facts.get("provenance", {}), model)
+    for name, fault, told in found:
         yield failed(name, fault) if fault else passed(name, told)
 
 

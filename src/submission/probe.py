@@ -49,6 +49,7 @@ def inspect(task: dict, facts: dict) -> None:
 
     from custom_model import create_custom_model
     from src.network import UNet
+    from src.utils import weights_hash
 
     spec = importlib.util.spec_from_file_location("loader", task["loader"])
     loader = importlib.util.module_from_spec(spec)
@@ -58,6 +59,9 @@ def inspect(task: dict, facts: dict) -> None:
     facts["provenance"] = saved.get("provenance", {})
     model = loader.load_model(task["checkpoint"], create_custom_model, "cpu", task["config"])
     facts["loaded"] = True
+    facts["weights"] = weights_hash(model)[:16]
+    settings = ("time_grids", "asking", "smoothing", "sharpening")
+    facts["sampler"] = {name: getattr(model.scheduler, name, None) for name in settings}
 
     condition = getattr(model.network, "use_additional_condition", False)
     with torch.device("meta"):  # shapes alone

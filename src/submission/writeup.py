@@ -26,20 +26,26 @@ PARTS = {
 }
 
 
-def judge(pdf: Path, bibliography: Path, provenance: dict) -> Iterator[tuple[str, str, str]]:
-    """(what, fault or "", what is right) for the pages, the names, the parts and the citations.
+def judge(pdf: Path, bibliography: Path, provenance: dict, model: str = "") -> Iterator[tuple[str, str, str]]:
+    """(what, fault or "", what is right) for the model, the pages, the names, the parts and the citations.
 
     Args:
         provenance: the checkpoint's: its `stages` and `citations` name keys of the bibliography.
+        model: the keyword of the checkpoint's model, if it is known; a PDF that was not built here has none.
     """
     try:
-        pages = PdfReader(pdf).pages
+        reader = PdfReader(pdf)
+        pages, told = reader.pages, str((reader.metadata or {}).get("/Keywords", ""))
         texts = [page.extract_text() for page in pages]
         sizes = [tuple(map(float, (page.mediabox.width, page.mediabox.height))) for page in pages]
         pictures = sum(len(page.images) for page in pages)
     except Exception as error:  # damaged PDFs raise whatever they lead the reader to
         yield "write-up", f"{pdf.name} is no readable PDF ({error}): build it again", ""
         return
+
+    if model and told.startswith("model "):
+        fault = "of another model than the checkpoint, or of other filters: write a new report, build again"
+        yield "write-up model", fault if told != model else "", "of the checkpoint and of the sampler's settings"
 
     wrong = [i + 1 for i, size in enumerate(sizes) if max(abs(a - b) for a, b in zip(size, A4, strict=True)) > 2]
     fault = f"page {wrong[0]} is not A4" if wrong else ""
