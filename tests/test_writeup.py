@@ -77,6 +77,7 @@ def test_write_up_is_whole_and_keeps_the_teams_words(project):
     smooth, facts = project / "run/smooth", {}  # what the report was of, as the check sees it
     files = {"checkpoint": str(smooth / "final_model.pt"), "config": str(smooth / "model_config.json")}
     inspect({"loader": str(ROOT / "src/utils.py"), **files}, facts)
+    facts = json.loads(json.dumps(facts))
     assert facts["sampler"]["smoothing"] == {"2": 0.1} and facts["sampler"]["asking"] == {"2": 0.75}
     model = keyword(facts["weights"], facts["sampler"])
     judged = list(judge(pdf, project / "references.bib", provenance, model))

@@ -78,10 +78,9 @@ def load_last(save_dir: Path, identity: dict, defaults: dict[str, dict]) -> dict
         raise UserError(
             f"{save_dir} holds a model that was not trained there, whose files would be lost: choose another --save_dir"
         )
-    if models := sorted(path.name for path in save_dir.glob("*.pt")):
-        raise UserError(
-            f"{save_dir} holds {models[-1]}, but no {LAST} to go on from: choose another --save_dir, or delete them"
-        )
+    for name in ("final_model.pt", "best_model.pt"):
+        if (save_dir / name).exists():
+            raise UserError(f"{save_dir} holds {name}, but no {LAST} to go on from: choose another --save_dir")
     return None
 
 
