@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import run_here
 from PIL import Image
 from pytorch_fid import fid_score, inception
 from toy import GaussianField
@@ -173,19 +174,19 @@ def test_asking_is_searched_where_a_part_of_a_jump_is_better():
     assert smoothed[0.75] > 10 * found[0.75]  # of samples as the model filters them
 
 
-def test_commands_write_what_sampling_reads(workdir, faces, tiny_network, script_env):
+def test_commands_write_what_sampling_reads(workdir, faces, tiny_network):
     model = load_model(ROOT / "checkpoints/small32/float16.pt", create_custom_model)
     config = {"unet": "small", "image_size": 32, "objective": "adversarial", "smoothing": {"3": 0.5}}
     save_model(model, "run/model.pt", config, provenance={"citations": ["liu2023flow"]})
-    command = [sys.executable, "-m", "src.evaluation", "smoothing", "--checkpoint", "run/model.pt", "--nfe", "2",
+    command = ["src.evaluation", "smoothing", "--checkpoint", "run/model.pt", "--nfe", "2",
                "--out", "smooth", "--count", "8", "--data_root", str(faces), "--split_dir", str(faces),
                "--features", str(tiny_network)]  # fmt: skip
-    result = subprocess.run(command, cwd=workdir, env=script_env, capture_output=True, text=True)
+    result = run_here(workdir, *command)
     assert result.returncode == 0, result.stderr
     loaded = load_model("smooth/model.pt", create_custom_model)
     told = float(result.stdout.split("sigma ")[1].split(",")[0])
     assert told > 0 and loaded.scheduler.smoothing == {3: 0.5, 2: told}  # the test's faces have no grain
-    bad = subprocess.run([*command, "--nfe", "0"], cwd=workdir, env=script_env, capture_output=True, text=True)
+    bad = run_here(workdir, *command, "--nfe", "0")
     assert (
         bad.returncode == 1
         and "at least 1 and 8 samples or more, got NFE 0" in bad.stderr
@@ -194,31 +195,31 @@ def test_commands_write_what_sampling_reads(workdir, faces, tiny_network, script
     cited = torch.load("smooth/model.pt", weights_only=True)["provenance"]["citations"]
     assert cited == ["liu2023flow", "buades2005nonlocal"]
     save_model(model, "blurred/model.pt", {**config, "smoothing": {"2": 10.0}}, provenance={})
-    command[3:5] = "sharpening", "--checkpoint"
-    command[5] = "blurred/model.pt"
-    result = subprocess.run(command, cwd=workdir, env=script_env, capture_output=True, text=True)
+    command[1] = "sharpening"
+    command[3] = "blurred/model.pt"
+    result = run_here(workdir, *command)
     assert result.returncode == 0, result.stderr
     loaded = load_model("smooth/model.pt", create_custom_model)
     assert loaded.scheduler.smoothing == {2: 10.0} and loaded.scheduler.sharpening[2] > 0
     cited = torch.load("smooth/model.pt", weights_only=True)["provenance"]["citations"]
     assert cited == ["liu2023flow", "buades2005nonlocal", "gonzalez2018digital"]
-    command[3], command[5], command[9] = "smoothing", "smooth/model.pt", "anew"
-    result = subprocess.run(command, cwd=workdir, env=script_env, capture_output=True, text=True)
+    command[1], command[3], command[7] = "smoothing", "smooth/model.pt", "anew"
+    result = run_here(workdir, *command)
     assert load_model("anew/model.pt", create_custom_model).scheduler.smoothing != {2: 10.0}
     assert "its sharpening at NFE 2 was for other samples and is left out" in result.stdout
     assert not load_model("anew/model.pt", create_custom_model).scheduler.sharpening
     saved = torch.load("anew/model.pt", weights_only=True)
     assert saved["model_config"]["sharpening"] == {} and "gonzalez2018digital" not in saved["provenance"]["citations"]
-    command[3], command[5] = "asking", "smooth/model.pt"
-    command[9] = "asked"
-    result = subprocess.run(command, cwd=workdir, env=script_env, capture_output=True, text=True)
+    command[1], command[3] = "asking", "smooth/model.pt"
+    command[7] = "asked"
+    result = run_here(workdir, *command)
     assert result.returncode == 0, result.stderr
     told = float(result.stdout.split("part ")[1].split(",")[0])
     asked = load_model("asked/model.pt", create_custom_model).scheduler
     assert asked.asking == ({2: told} if told else {}) and asked.sharpening == loaded.scheduler.sharpening
-    bad = subprocess.run([*command, "--nfe", "1"], cwd=workdir, env=script_env, capture_output=True, text=True)
-    command[9] = "smooth"
-    own = subprocess.run(command, cwd=workdir, env=script_env, capture_output=True, text=True)
+    bad = run_here(workdir, *command, "--nfe", "1")
+    command[7] = "smooth"
+    own = run_here(workdir, *command)
     assert own.returncode == 1 and "error: --out smooth is the folder of smooth/model.pt" in own.stderr
     assert bad.returncode == 1 and "asking takes NFEs of at least 2" in bad.stderr and "Traceback" not in bad.stderr
 
@@ -256,13 +257,12 @@ def test_what_the_search_found_no_use_for_is_unset(workdir, randomised):
     assert cited == [["liu2023flow", "buades2005nonlocal"], None]
 
 
-def test_time_grid_command_writes_what_sampling_reads(workdir, randomised, script_env):
+def test_time_grid_command_writes_what_sampling_reads(workdir, randomised):
     model = randomised(create_custom_model(unet="small", image_size=32, objective="rectified_flow"))
     config = {"unet": "small", "image_size": 32, "objective": "rectified_flow", "time_grids": {"3": [1, 0.5, 0.2, 0]}}
     save_model(model, "run/model.pt", config)
-    command = [sys.executable, "-m", "src.evaluation", "time_grid", "--checkpoint", "run/model.pt", "--nfe", "2",
-               "--out", "timed"]  # fmt: skip
-    result = subprocess.run([*command, "--count", "8"], cwd=workdir, env=script_env, capture_output=True, text=True)
+    flags = ["--checkpoint", "run/model.pt", "--nfe", "2", "--out", "timed", "--count", "8"]
+    result = run_here(workdir, "src.evaluation", "time_grid", *flags)
     assert result.returncode == 0, result.stderr
     loaded = load_model("timed/model.pt", create_custom_model)
     assert loaded.scheduler.time_grid(3) == [1, 0.5, 0.2, 0]
@@ -294,16 +294,12 @@ def folders(faces, workdir):
 
 
 def test_score_names_the_distance_after_its_features_and_caches_the_reference(folders, tiny_network, script_env):
-    command = [sys.executable, "-m", "src.evaluation", "score", "--generated", "train", "--reference", "val"]
-    for _ in range(2):
-        result = subprocess.run(
-            [*command, "--features", str(tiny_network), "--device", "cpu"],
-            cwd=folders,
-            env=script_env,
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stderr
+    command = ["src.evaluation", "score", "--generated", "train", "--reference", "val"]
+    command += ["--features", str(tiny_network), "--device", "cpu"]
+    begun = subprocess.run([sys.executable, "-m", *command], cwd=folders, env=script_env, capture_output=True)
+    assert begun.returncode == 0, begun.stderr
+    result = run_here(folders, *command)
+    assert result.returncode == 0, result.stderr
     line = result.stdout.strip().splitlines()[-1]
     assert line.startswith("FD[tiny]: ") and line.endswith("(24 images against 8)")
     assert len(list((folders / "data/cache").glob("features-*.npy"))) == 1

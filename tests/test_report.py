@@ -12,6 +12,7 @@ import cleanfid.fid
 import numpy as np
 import pytest
 import torch
+from commands import run_here, train_here
 from matplotlib.figure import Figure
 
 import train as train_py
@@ -156,15 +157,14 @@ def runs(faces, workdir, randomised):
     return workdir
 
 
-def evaluation(cwd, env, *args):
-    command = [sys.executable, "-m", "src.evaluation", *map(str, args), "--device", "cpu"]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+def evaluation(cwd, *arguments):
+    return run_here(cwd, "src.evaluation", *arguments, "--device", "cpu")
 
 
-def test_report_is_whole_reproducible_and_reads_without_a_network(runs, faces, tiny_network, script_env):
+def test_report_is_whole_reproducible_and_reads_without_a_network(runs, faces, tiny_network):
     flags = ["--data_root", faces, "--split_dir", faces, "--features", tiny_network, "--samples", "16", "--seeds", "2"]
     command = ["report", "--checkpoint", "run1/final_model.pt", "--sweep", "1", "3", *flags, "--bf16"]
-    result = evaluation(runs, script_env, *command, "--out", "out")
+    result = evaluation(runs, *command, "--out", "out")
     assert result.returncode == 0, result.stderr
     content = json.loads((runs / "out/report.json").read_text())
     assert content["bf16"] == has_bf16(torch.device("cpu"))
@@ -179,7 +179,7 @@ def test_report_is_whole_reproducible_and_reads_without_a_network(runs, faces, t
     assert content["sweep"]["1"] == content["nfe"]["1"]["seeds"][0]["frechet"]
     cached = len(list((runs / "data/cache").glob("samples-*")))
     assert cached == 2 * 3 + 1  # two seeds at three NFEs, and the sweep's third
-    result = evaluation(runs, script_env, *command, "--out", "again")  # from the cache
+    result = evaluation(runs, *command, "--out", "again")  # from the cache
     assert len(list((runs / "data/cache").glob("samples-*"))) == cached
     assert json.loads((runs / "again/report.json").read_text()) == content
 
@@ -273,11 +273,9 @@ def test_reports_and_comparisons_score_against_the_right_images(runs, faces, tin
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page's look is not tested")
-def test_page_works_in_a_browser(runs, faces, tiny_network, script_env):
+def test_page_works_in_a_browser(runs, faces, tiny_network):
     flags = ["--data_root", faces, "--split_dir", faces, "--features", tiny_network, "--samples", "16", "--seeds", "2"]
-    result = evaluation(
-        runs, script_env, "report", "--checkpoint", "run1/final_model.pt", "--sweep", "1", *flags, "--out", "out"
-    )
+    result = evaluation(runs, "report", "--checkpoint", "run1/final_model.pt", "--sweep", "1", *flags, "--out", "out")
     assert result.returncode == 0, result.stderr
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
                "--disable-background-networking", "--disable-component-update", "--window-size=390,3000",
@@ -287,10 +285,10 @@ def test_page_works_in_a_browser(runs, faces, tiny_network, script_env):
     assert shown.count("data-nfe") >= 3 and len(re.findall(r"data-nfe[^>]*hidden", shown)) == 2  # one grid shows
 
 
-def test_comparison_and_ablation(runs, faces, tiny_network, script_env):
+def test_comparison_and_ablation(runs, faces, tiny_network, script_env, monkeypatch):
     flags = ["--data_root", faces, "--split_dir", faces, "--features", tiny_network, "--samples", "16", "--seeds", "2"]
     command = ["compare", "run1", "run1/final_model.pt", "run2", *flags, "--nfe", "3", "1", "--out", "compared"]
-    result = evaluation(runs, script_env, *command)
+    result = evaluation(runs, *command)
     assert result.returncode == 0, result.stderr
     content = json.loads((runs / "compared/comparison.json").read_text())
     assert list(content["nfe"]) == ["1", "3"] and content["floor"] > 0
@@ -302,20 +300,21 @@ def test_comparison_and_ablation(runs, faces, tiny_network, script_env):
 
     base = ["--unet", "small", "--image_size", "32", "--batch_size", "8", "--num_iterations", "2"]
     (runs / "train.py").symlink_to(train_py.__file__)
-    command = ["ablate", "--change", "fast:lr=1e-3", *flags, "--out", "ablated"]
-    whole = [sys.executable, "-m", "src.evaluation", *map(str, command), "--device", "cpu", "--", *base]
+    command = ["ablate", "--change", "fast:lr=1e-3", *flags, "--out", "ablated", "--device", "cpu", "--", *base]
+    whole = [sys.executable, "-m", "src.evaluation", *map(str, command)]
     result = subprocess.run(whole, cwd=runs, env=script_env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    monkeypatch.setattr("src.evaluation.compare.run_to_the_end", train_here)
     lr = {
         name: json.loads((runs / f"ablated/{name}/training_config.json").read_text())["lr"] for name in ("base", "fast")
     }
     assert lr == {"base": 1e-4, "fast": 1e-3}
-    result = subprocess.run(whole, cwd=runs, env=script_env, capture_output=True, text=True)
+    result = run_here(runs, "src.evaluation", *command)
     assert result.returncode == 0, result.stderr
     sessions = json.loads((runs / "ablated/fast/run.json").read_text())["sessions"]
     assert [(one["first_step"], one["last_step"]) for one in sessions] == [(0, 2), (2, 2)]  # not trained again
-    whole[whole.index("fast:lr=1e-3")] = "fast:lr=1e-2"  # another experiment under the same name
-    result = subprocess.run(whole, cwd=runs, env=script_env, capture_output=True, text=True)
+    command[2] = "fast:lr=1e-2"  # another experiment under the same name
+    result = run_here(runs, "src.evaluation", *command)
     assert result.returncode == 1 and "lr was 0.001 and is now 0.01" in result.stderr
 
 
@@ -380,10 +379,8 @@ def test_a_calls_time_is_the_median_of_all_but_the_first(monkeypatch):
         assert seconds(lambda: None, torch.device("cpu"), len(times) - 1) == median
 
 
-def test_speed_counts_the_network_calls(runs, script_env):
-    result = evaluation(
-        runs, script_env, "speed", "--checkpoint", "run1/final_model.pt", "--batches", "1", "2", "--repeats", "1"
-    )
+def test_speed_counts_the_network_calls(runs):
+    result = evaluation(runs, "speed", "--checkpoint", "run1/final_model.pt", "--batches", "1", "2", "--repeats", "1")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)["nfe"]
     work = [found[nfe]["GFLOP an image"] for nfe in ("1", "2", "4")]
@@ -413,8 +410,8 @@ def test_bad_wishes_are_refused(runs, faces, tiny_network, monkeypatch, command,
     assert not (runs / "out").exists()
 
 
-def test_a_refusal_is_one_line(runs, faces, script_env):
+def test_a_refusal_is_one_line(runs, faces):
     flags = ["--data_root", faces, "--split_dir", faces, "--out", "out"]
-    result = evaluation(runs, script_env, "compare", "run1", "absent", *flags)
+    result = evaluation(runs, "compare", "run1", "absent", *flags)
     assert result.returncode == 1 and result.stderr.startswith("error: no checkpoint at absent")
     assert result.stderr.count("\n") == 1

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from unittest.mock import DEFAULT, patch
 import numpy as np
 import pytest
 import torch
+from commands import run_here
 from toy import MLP, one_stage
 
 from custom_model import CustomGenerativeModel, CustomScheduler, create_custom_model
@@ -259,15 +259,15 @@ def test_half_written_averages_are_cleared(tmp_path):
     assert held == ["averages/10.pt", "last.ckpt"]
 
 
-def test_a_mixture_lies_between_a_model_and_its_start(workdir, randomised, script_env):
+def test_a_mixture_lies_between_a_model_and_its_start(workdir, randomised):
     config = {"unet": "small", "image_size": 32, "objective": "adversarial"}
     flow, critic = ({"objective": name, "steps": 9, "citations": []} for name in ("rectified_flow", "adversarial"))
     models = [randomised(create_custom_model(**config), seed) for seed in (1, 2)]
     save_model(models[0], "start/int8.pt", config, provenance={"stages": [flow]})
     torch.save({**read_checkpoint("start/int8.pt"), "state_dict": quantised(models[0].state_dict())}, "start/int8.pt")
     save_model(models[1], "end/final_model.pt", config, provenance={"stages": [flow, critic], "citations": ["a"]})
-    command = [sys.executable, "-m", "src.training", "mix", "end/final_model.pt", "start/int8.pt", "--out", "mixed"]
-    result = subprocess.run([*command, "--share", "0.25"], cwd=workdir, env=script_env, capture_output=True, text=True)
+    command = ["src.training", "mix", "end/final_model.pt", "start/int8.pt", "--share", "0.25", "--out"]
+    result = run_here(workdir, *command, "mixed")
     assert result.returncode == 0, result.stderr
     mixed = load_model("mixed/final_model.pt", create_custom_model)
     for name, value in mixed.state_dict().items():
@@ -281,10 +281,10 @@ def test_a_mixture_lies_between_a_model_and_its_start(workdir, randomised, scrip
         mix(Path("end/final_model.pt"), Path("start/int8.pt"), 1.0)
     with pytest.raises(UserError, match="mixed/final_model.pt is a mixture already"):
         mix(Path("mixed/final_model.pt"), Path("start/int8.pt"), 0.25)
-    own = subprocess.run([*command[:-1], "end", "--share", "0.25"], cwd=workdir, env=script_env, capture_output=True)
-    assert own.returncode == 1 and b"error: --out end is the folder of end/final_model.pt" in own.stderr
-    own = subprocess.run([*command[:-1], "start", "--share", "0.25"], cwd=workdir, env=script_env, capture_output=True)
-    assert own.returncode == 1 and b"error: --out start is the folder of start/int8.pt" in own.stderr
+    own = run_here(workdir, *command, "end")
+    assert own.returncode == 1 and "error: --out end is the folder of end/final_model.pt" in own.stderr
+    own = run_here(workdir, *command, "start")
+    assert own.returncode == 1 and "error: --out start is the folder of start/int8.pt" in own.stderr
     save_model(models[1], "smooth/final_model.pt", {**config, "smoothing": {"1": 0.1}})
     with pytest.raises(UserError, match="smooth/final_model.pt has smoothing for its own weights: mix the"):
         mix(Path("smooth/final_model.pt"), Path("start/int8.pt"), 0.25)

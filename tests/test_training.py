@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import run_here
 from operations import Operations
 from PIL import Image
 from toy import MLP, one_stage
@@ -43,9 +44,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--unet", "small", "--image_size", "32", "--device", "cpu", "--batch_size", "8", "--warmup", "2"]
 
 
-def train_script(faces, cwd, env, *flags, **kwargs):
+def train_script(faces, cwd, env, *flags):
     command = [sys.executable, str(ROOT / "train.py"), "--data_root", str(faces), "--split_dir", str(faces)]
-    return subprocess.run([*command, *SMALL, *flags], cwd=cwd, env=env, capture_output=True, text=True, **kwargs)
+    return subprocess.run([*command, *SMALL, *flags], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def train_here(faces, cwd, *flags):
+    return run_here(cwd, "train", "--data_root", faces, "--split_dir", faces, *SMALL, *flags)
 
 
 @pytest.fixture
@@ -121,8 +126,8 @@ def test_a_single_row_is_seen_among_the_curves(tmp_path):
     assert ((middle[..., 2] - middle[..., 0]) > 100).any()  # blue
 
 
-def test_max_minutes_ends_the_run_with_a_final_model(faces, workdir, script_env):
-    result = train_script(faces, workdir, script_env, "--max_minutes", "1e-6", "--save_dir", "run")
+def test_max_minutes_ends_the_run_with_a_final_model(faces, workdir):
+    result = train_here(faces, workdir, "--max_minutes", "1e-6", "--save_dir", "run")
     assert result.returncode == 0, result.stderr
     assert "the same command goes on, with --save_dir run" in result.stdout
     assert load_model(str(workdir / "run/final_model.pt"), create_custom_model).image_size == 32
@@ -189,7 +194,7 @@ def test_interrupted_run_saves_and_goes_on(faces, workdir, script_env):
     assert step >= 2
 
     flags[3] = str(step + 2)
-    assert train_script(faces, workdir, script_env, *flags).returncode == 0
+    assert train_here(faces, workdir, *flags).returncode == 0
     rows = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert rows == list(range(1, step + 3))
 
@@ -234,8 +239,8 @@ def test_missing_faces_without_a_connection_name_the_two_ways_on(workdir, script
     assert "--data_root" in last and "python -m src.faces" in last
 
 
-def test_dry_run_prints_the_plan_and_trains_nothing(faces, workdir, script_env):
-    result = train_script(faces, workdir, script_env, "--dry_run", "--preset", "quick", "--lr", "1e-3")
+def test_dry_run_prints_the_plan_and_trains_nothing(faces, workdir):
+    result = train_here(faces, workdir, "--dry_run", "--preset", "quick", "--lr", "1e-3")
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
     arguments = plan["arguments"]
@@ -591,9 +596,9 @@ def test_speed_is_trainings_alone(small_run, monkeypatch):
     assert json.loads(rows[-1])["images_per_second"] > 4  # two steps of 8 images in much less than 4 s
 
 
-def test_one_process_trains_in_a_folder_and_not_over_a_model_from_elsewhere(faces, workdir, script_env, small_run):
+def test_one_process_trains_in_a_folder_and_not_over_a_model_from_elsewhere(faces, workdir, small_run):
     with alone_in(workdir / "run"):
-        result = train_script(faces, workdir, script_env, "--save_dir", "run", "--num_iterations", "1")
+        result = train_here(faces, workdir, "--save_dir", "run", "--num_iterations", "1")
     assert result.returncode == 1 and not any((workdir / "run").iterdir())
     assert result.stderr.splitlines()[-1] == (
         "error: another process trains in run: wait for it, or choose another --save_dir"
@@ -616,7 +621,7 @@ def test_another_runs_checkpoint_is_refused_with_the_difference(small_run):
 
 
 def test_full_disk_ends_with_one_line_and_keeps_the_last_checkpoint(faces, workdir, script_env):
-    assert train_script(faces, workdir, script_env, "--num_iterations", "2", "--save_dir", "run").returncode == 0
+    assert train_here(faces, workdir, "--num_iterations", "2", "--save_dir", "run").returncode == 0
     good = (workdir / "run/last.ckpt").read_bytes()
     limited = (
         "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000,) * 2);"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run_here
 from PIL import Image
 from pypdf import PdfReader
 
@@ -32,9 +33,9 @@ def trained(tmp_path_factory, faces) -> Path:
     flags = ["--data_root", str(faces), "--split_dir", str(faces), "--device", "cpu"]
     train = "--unet small --image_size 32 --stages rectified_flow/muon=true:0.5,alpha_flow/alpha=0.25:0.5"
     train += " --num_iterations 4 --batch_size 4 --save_interval 1 --log_interval 1 --save_dir run"
-    run_script(folder, ROOT / "train.py", *train.split(), *flags)
+    run_command(folder, "train", *train.split(), *flags)
     mixture = f"mix {folder}/run/final_model.pt {folder}/run/checkpoint_iter_2.pt --share 0.25 --out {folder}/mixed"
-    run_script(folder, "-m", "src.training", *mixture.split())
+    run_command(folder, "src.training", *mixture.split())
     final = folder / "mixed/final_model.pt"  # after four steps noise, for which a search would find no strength
     save_chosen(final, folder / "smooth", "smoothing", {"2": 0.1})
     save_chosen(folder / "smooth/final_model.pt", folder / "run/smooth", "asking", {"2": 0.75})
@@ -47,16 +48,13 @@ def project(trained, tmp_path, tiny_network, faces) -> Path:
     if not (trained / "run/report").is_dir():
         report = "--checkpoint run/smooth/final_model.pt --out run/report --samples 16 --seeds 2 --sweep 1 --device cpu"
         flags = ["--data_root", faces, "--split_dir", faces, "--features", tiny_network]
-        run_script(trained, "-m", "src.evaluation", "report", *report.split(), *flags)
+        run_command(trained, "src.evaluation", "report", *report.split(), *flags)
     shutil.copytree(trained, folder)
     return folder
 
 
-def run_script(folder: Path, *command) -> None:
-    result = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def run_command(folder: Path, *command) -> None:
+    result = run_here(folder, *command)
     assert result.returncode == 0, result.stderr
 
 
@@ -143,7 +141,7 @@ def test_a_model_of_an_early_stage_is_told_as_it_was_trained(project, faces):
     # Another run goes on from it.
     train = "--unet small --image_size 32 --objective shortcut --teacher run/checkpoint_iter_2.pt --save_dir second"
     flags = ["--data_root", faces, "--split_dir", faces, "--num_iterations", "1", "--batch_size", "4", "--seed", "7"]
-    run_script(project, ROOT / "train.py", *train.split(), *flags, "--log_interval", "1", "--device", "cpu")
+    run_command(project, "train", *train.split(), *flags, "--log_interval", "1", "--device", "cpu")
     provenance = scored_as(project, "second", "final_model.pt")
     assert [stage["objective"] for stage in provenance["stages"]] == ["rectified_flow/muon=true", "shortcut"]
     result = build(project, "run", "second")
@@ -166,7 +164,7 @@ def test_a_model_of_an_early_stage_is_told_as_it_was_trained(project, faces):
 def test_a_run_that_goes_on_from_a_mixture_tells_of_it(project, faces):
     train = "--unet small --image_size 32 --objective shortcut --teacher mixed/final_model.pt --save_dir second"
     flags = ["--data_root", faces, "--split_dir", faces, "--num_iterations", "1", "--batch_size", "4"]
-    run_script(project, ROOT / "train.py", *train.split(), *flags, "--log_interval", "1", "--device", "cpu")
+    run_command(project, "train", *train.split(), *flags, "--log_interval", "1", "--device", "cpu")
     provenance = scored_as(project, "second", "final_model.pt")
     assert provenance["stages"][1]["mixed"] == {"share": 0.25, "stages": 1}
     result = build(project, "run", "second")
