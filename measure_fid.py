@@ -77,7 +77,8 @@ def main() -> None:
     output = Path(args.output_path)
     write_json(output, result)
     # The next NFE's score replaces that file, as the challenge has it; this one stays.
-    folder = "_".join(part for part in Path(os.path.relpath(args.generated_dir)).parts if part != os.pardir)
+    parts = [part for part in Path(os.path.relpath(args.generated_dir)).parts if part != os.pardir]
+    folder = "_".join(parts) or Path.cwd().name
     write_json(output.with_name(f"{output.stem}_{folder}{output.suffix}"), result)
     print(f"saved to {output}")
 

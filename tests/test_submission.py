@@ -127,6 +127,12 @@ def test_without_scores_export_takes_the_model_that_was_trained_further(finished
     final = read_checkpoint(finished_run / "final_model.pt")
     torch.save({**final, "provenance": {"step": 2}}, finished_run / "final_model.pt")
     assert export(finished_run).name == "final_model.pt"
+    torch.save({**final, "provenance": {}}, finished_run / "final_model.pt")
+    (finished_run / "last.ckpt").write_bytes(b"of a disk that was full")
+    assert export(finished_run).name == "final_model.pt"
+    (finished_run / "final_model.pt").unlink()
+    with pytest.raises(UserError, match="last.ckpt is not a readable checkpoint"):
+        export(finished_run)
 
 
 def test_eight_bits_are_within_a_step_and_their_sums_within_half_a_step():

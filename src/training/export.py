@@ -76,8 +76,11 @@ def choose(run: Path) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of its run that a checkpoint is of; 0 if it does not tell."""
-    return read_checkpoint(checkpoint).get("provenance", {}).get("step", 0)
+    """The step of its run that a checkpoint is of; 0 if it does not tell, -1 if it is damaged."""
+    try:
+        return read_checkpoint(checkpoint).get("provenance", {}).get("step", 0)
+    except UserError:
+        return -1
 
 
 def refuse_other_config(target: Path, config: dict) -> None:
