@@ -42,6 +42,8 @@ from src.utils import UserError, has_bf16, load_model, save_model, tensor_to_pil
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--unet", "small", "--image_size", "32", "--device", "cpu", "--batch_size", "8", "--warmup", "2"]
+FLOW_AND_PAIRS = ["--stages", "rectified_flow:0.5,reflow/pairs=100/solver=euler/solver_steps=1:0.5"]
+FLOW_AND_PAIRS += ["--num_iterations", "2"]  # one of each stage
 
 
 def train_script(faces, cwd, env, *flags):
@@ -139,9 +141,8 @@ def test_max_minutes_ends_the_run_with_a_final_model(faces, workdir):
 
 
 def test_max_minutes_end_while_pairs_are_generated(faces, workdir, monkeypatch):
-    flags = ["--stages", "rectified_flow:0.5,reflow/pairs=100/solver=euler/solver_steps=1:0.5", "--num_iterations", "2"]
-    flags += ["--data_root", str(faces), "--split_dir", str(faces), "--save_dir", "run", "--max_minutes", "1e-6"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *flags])
+    flags = ["--data_root", str(faces), "--split_dir", str(faces), "--save_dir", "run", "--max_minutes", "1e-6"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *FLOW_AND_PAIRS, *flags])
     train_py.main()
     with pytest.raises(UserError, match="--max_minutes ended while generating pairs: the same command, with"):
         train_py.main()
@@ -153,9 +154,8 @@ def test_max_minutes_end_while_pairs_are_generated(faces, workdir, monkeypatch):
 
 
 def test_a_signal_while_a_stage_is_saved_ends_the_run_before_the_next_ones_pairs(faces, workdir, monkeypatch):
-    flags = ["--stages", "rectified_flow:0.5,reflow/pairs=100/solver=euler/solver_steps=1:0.5", "--num_iterations", "2"]
-    flags += ["--data_root", str(faces), "--split_dir", str(faces), "--save_dir", "run"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *flags])
+    flags = ["--data_root", str(faces), "--split_dir", str(faces), "--save_dir", "run"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *FLOW_AND_PAIRS, *flags])
     monkeypatch.setattr(run_folder.RunFolder, "preview", lambda self: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(UserError, match="stopped at iteration 1 and saved"):
         train_py.main()
