@@ -32,7 +32,7 @@ def run_here(cwd: Path, module: str, *arguments) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
-def train_here(command: list[str], stdout: int | None = None) -> None:
+def run_to_the_end_here(command: list[str], stdout: int | None = None) -> None:
     """In the place of `run_to_the_end`, for commands that start train.py."""
     result = run_here(Path.cwd(), "train", *command[2:])
     if result.returncode:

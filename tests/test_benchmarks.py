@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import train_here
+from commands import run_to_the_end_here
 
 import train as train_py
 from benchmarks import objectives, prepare, throughput, timed_chain
@@ -43,7 +43,7 @@ def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, ti
         sigma, strengths = objectives.SETTINGS["smoothing"]
         monkeypatch.setitem(objectives.SETTINGS, "smoothing", (sigma, strengths[::6]))  # not a test of these
         objectives.main()
-        monkeypatch.setattr(objectives, "run_to_the_end", train_here)  # once by itself is enough
+        monkeypatch.setattr(objectives, "run_to_the_end", run_to_the_end_here)  # once by itself is enough
         return (workdir / "compared/table.md").read_text()
 
     with pytest.raises(UserError, match="the budget does not reach for reflow"):  # its pairs alone cost more

@@ -12,7 +12,7 @@ import cleanfid.fid
 import numpy as np
 import pytest
 import torch
-from commands import run_here, train_here
+from commands import run_here, run_to_the_end_here
 from matplotlib.figure import Figure
 
 import train as train_py
@@ -304,7 +304,7 @@ def test_comparison_and_ablation(runs, faces, tiny_network, script_env, monkeypa
     whole = [sys.executable, "-m", "src.evaluation", *map(str, command)]
     result = subprocess.run(whole, cwd=runs, env=script_env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    monkeypatch.setattr("src.evaluation.compare.run_to_the_end", train_here)
+    monkeypatch.setattr("src.evaluation.compare.run_to_the_end", run_to_the_end_here)
     lr = {
         name: json.loads((runs / f"ablated/{name}/training_config.json").read_text())["lr"] for name in ("base", "fast")
     }

@@ -60,6 +60,7 @@ def inspect(task: dict, facts: dict) -> None:
     model = loader.load_model(task["checkpoint"], create_custom_model, "cpu", task["config"])
     facts["loaded"] = True
     facts["weights"] = weights_hash(model)[:16]
+    # As a report has both.
     settings = ("time_grids", "asking", "smoothing", "sharpening")
     facts["sampler"] = {name: getattr(model.scheduler, name, None) for name in settings}
 

@@ -58,13 +58,14 @@ def choose(run: Path) -> str:
 
     Raises: UserError if it has none.
     """
-    steps = {name: step_of(run / name) for name in CHOICES if (run / name).is_file()}
-    if not steps:
+    there = [name for name in CHOICES if (run / name).is_file()]
+    if not there:
         raise UserError(f"{run} holds none of {', '.join(CHOICES)}: is it a folder that train.py wrote?")
-    best = steps.pop(CHOICES[0], None)
+    best, *others = CHOICES
     # A final model may be of a session that --max_minutes ended, and the run have gone on.
-    furthest = max(steps, key=steps.get, default=CHOICES[0])
-    if best is None:
+    steps = {name: step_of(run / name) for name in others if name in there}
+    furthest = max(steps, key=steps.get, default=best)
+    if best not in there:
         return furthest
     path = run / "metrics.jsonl"
     rows = filter(None, map(parsed, path.read_text().splitlines())) if path.is_file() else []
@@ -72,7 +73,7 @@ def choose(run: Path) -> str:
     if steps and scored and (left := steps[furthest] - max(scored)) > 0:
         told = f"{run}/{furthest} is further by {left} steps, never scored: --checkpoint {furthest} takes it"
         print(f"warning: {told}", file=sys.stderr)
-    return CHOICES[0]
+    return best
 
 
 def step_of(checkpoint: Path) -> int:
