@@ -60,6 +60,10 @@ class DistributionMatching(Objective):
             "tau_noise": torch.randn(shape),
         }
 
+    def draw_for_critic(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        # Its samples are of the NFEs that are moved: held jumps, which are of NFE 2 and 4 alone, do not count.
+        return {**self.draw(shape), "nfe": in_turn([*NFES], shape[0])}
+
     def loss(
         self, nets: Nets, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
