@@ -395,6 +395,10 @@ def test_memory_estimate_counts_what_autograd_keeps():
         assert all(p.grad is None for p in model.parameters())
     assert needs[2]["activations_gb"] == pytest.approx(needs[1]["activations_gb"], rel=0.2)
     assert needs[1]["activations_gb"] == pytest.approx(2 * needs[0]["activations_gb"], rel=0.2, abs=0.02)
+    # A critic's graph is gone when the student's begins.
+    model = create_custom_model(objective="distribution_matching", unet="small", image_size=32)
+    found = estimate(model, images, Recipe(batch_size=32), one_stage(model), World())["activations_gb"]
+    assert found == pytest.approx(2 * needs[2]["activations_gb"], rel=0.2)
 
 
 def test_an_estimate_counts_all_steps_images_and_pairs(monkeypatch):
@@ -407,6 +411,16 @@ def test_an_estimate_counts_all_steps_images_and_pairs(monkeypatch):
     found = estimate(model, images, Recipe(batch_size=8, num_iterations=36_000), stages, World(size=2))
     assert found["hours"] == pytest.approx((36_000 + 2 * 7200) / 2 / 3600)
     assert found["images_per_second"] == pytest.approx(36_000 * 8 / (found["hours"] * 3600), rel=1e-3)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_an_estimate_times_pairs_in_the_runs_precision(monkeypatch, bf16):
+    seen = []
+    monkeypatch.setattr("src.training.engine.has_bf16", lambda device: bf16)
+    monkeypatch.setattr("src.training.estimate.solve", lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    model = create_custom_model(unet="small", image_size=32, objective="reflow/pairs=64")
+    estimate(model, np.zeros((8, 3, 32, 32), np.uint8), Recipe(batch_size=8), one_stage(model), World())
+    assert set(seen) == {bf16}
 
 
 def test_presets_are_recipes_and_document_themselves():

@@ -47,7 +47,8 @@ def estimate(
                 noise = torch.randn(CHUNK, *training.images.shape[1:], device=model.device)
                 one_step = training.nets.teacher, noise, stage.objective.solver, 1
                 steps = stage.objective.solver_steps * stage.objective.pairs / CHUNK / world.size
-                seconds += steps * _seconds(model.device, lambda one_step=one_step: solve(*one_step))
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=training.bf16):
+                    seconds += steps * _seconds(model.device, lambda one_step=one_step: solve(*one_step))
         nets = training.nets
         others = 4 * parameters * (nets.teacher is not None)
         others += 16 * sum(p.numel() for p in nets.critic.parameters()) if nets.critic is not None else 0
@@ -71,19 +72,32 @@ def rehearsal(model, images: np.ndarray, recipe: Recipe, stage: Stage) -> Traini
 
 
 def _kept_by_autograd(training: Training) -> int:
-    """Bytes of activations that one step's graph holds, weights not counted."""
-    kept: dict[int, int] = {}
+    """Bytes of activations that one step's largest graph holds, weights not counted.
+
+    A critic's graph is gone before the student's begins, so what is kept after a backward pass began is another's.
+    """
+    graphs: list[dict[int, int]] = [{}]
+    begun = False
     weights = {p.untyped_storage().data_ptr() for net in training.nets if net is not None for p in net.parameters()}
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal begun
+        if begun:
+            graphs.append({})
+            begun = False
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            graphs[-1][storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    def use(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal begun
+        begun = True
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, use):
         training.step()
-    return sum(kept.values())
+    return max(sum(graph.values()) for graph in graphs)
 
 
 def _seconds(device: torch.device, work) -> float:
