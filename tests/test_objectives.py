@@ -801,6 +801,20 @@ def test_held_jumps_are_all_but_the_last():
     assert torch.equal(position[~hold], nfe[~hold] - 1)
 
 
+@pytest.mark.parametrize("hold", [0.25, 0.75])
+def test_the_samples_score_learns_from_the_nfes_that_are_moved(hold):
+    torch.manual_seed(0)
+    objective = make_objective(f"distribution_matching/hold={hold}", CustomScheduler(16))
+    moved, seen = Counter(), Counter()
+    for _ in range(100):
+        draw = objective.draw((60, 1))
+        moved.update(draw["nfe"][~draw["hold"]].tolist())
+        seen.update(objective.draw_for_critic((60, 1))["nfe"].tolist())
+    for nfe in (1, 2, 4):
+        assert moved[nfe] / moved.total() == pytest.approx(1 / 3, abs=0.02)
+        assert seen[nfe] == 2000
+
+
 @pytest.mark.parametrize("name", ["distribution_matching", "adversarial/critic=conv", "adversarial/warped=0.25"])
 def test_a_critics_loss_leaves_the_student_alone(name, randomised):
     model = randomised(create_custom_model(objective=name, unet="small", image_size=32))
@@ -1128,18 +1142,25 @@ def test_mean_flow_warns_of_steep_times(recwarn):
         make_objective("mean_flow", CustomScheduler(1000))
 
 
-@pytest.mark.parametrize("name", ["reflow", "trajectory", "distribution_matching"])
+@pytest.mark.parametrize("name", ["reflow", "trajectory", "distribution_matching", "progressive"])
 def test_a_teacher_without_velocity_is_refused(name):
     scheduler = create_custom_model(unet="small").scheduler
     make = partial(make_objective, scheduler=scheduler)
-    with pytest.raises(UserError, match=f"{name} learns from the velocity of its teacher"):
+    with pytest.raises(UserError, match=rf"{name}\S* learns from the velocity of its teacher"):
         plan(parse_stages(f"rectified_flow:0.4,adversarial:0.3,{name}:0.3"), make, 100)
-    with pytest.raises(UserError, match=f"{name} learns from the velocity of its teacher"):
+    with pytest.raises(UserError, match=rf"{name}\S* learns from the velocity of its teacher"):
         plan(parse_stages(f"{name}:1"), make, 100, make("adversarial"))
     for without in ("alpha_flow/flow=0", "trajectory/flow=0"):
-        with pytest.raises(UserError, match=f"{name} learns from the velocity of its teacher"):
+        with pytest.raises(UserError, match=rf"{name}\S* learns from the velocity of its teacher"):
             plan(parse_stages(f"{without}:0.5,{name}:0.5"), make, 100)
     plan(parse_stages(f"rectified_flow:0.4,{name}:0.3,adversarial:0.3"), make, 100, make("shortcut"))
+
+
+def test_progressive_without_its_flow_asks_a_velocity_only_in_its_first_stage():
+    make = partial(make_objective, scheduler=create_custom_model(unet="small").scheduler)
+    plan(parse_stages("rectified_flow:0.5,progressive/flow=0/keep=0:0.5"), make, 100)
+    with pytest.raises(UserError, match="progressive/flow=0/steps=4 learns from the velocity"):
+        plan(parse_stages("rectified_flow:0.5,progressive/flow=0:0.5"), make, 100)  # for the jumps that it keeps
 
 
 def test_every_objective_says_what_its_options_mean_and_whom_it_cites():

@@ -47,8 +47,8 @@ class MeanFlow(JumpRegression):
             )
 
     def jumps(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """t and r in order, from logit-normals (-0.6, 1.6) and (-4, 1.6), as in the authors' code for CIFAR-10
-        (github.com/Gsunshine/py-meanflow)."""
+        """t and r in order, from logit-normals (-0.6, 1.6) and (-4, 1.6), the means of the authors' code for
+        CIFAR-10 (github.com/Gsunshine/py-meanflow), which makes a pair in the wrong order r = t instead."""
         t, r = ((torch.randn(batch_size) * 1.6 + mean).sigmoid() for mean in (-0.6, -4.0))
         t, r = torch.maximum(t, r), torch.minimum(t, r)
         t = t.clamp(min=1e-4)  # so that no jump, of 1e-4 at least, ends below 0

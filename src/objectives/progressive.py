@@ -36,6 +36,11 @@ class Progressive(Shortcut):
         if self.steps and (self.steps < 0 or self.levels // 2 % self.steps):
             raise UserError(f"the option steps must divide levels/2 = {self.levels // 2}, got {self.steps}")
 
+    @property
+    def asks_velocity(self) -> bool:
+        # Jumps of 1/levels are the teacher's velocity: those of the first stage, and of kept jumps' targets.
+        return self.keep > 0 or self.steps == self.levels // 2
+
     @classmethod
     def unfold(cls, options: dict) -> list[dict]:
         if options.get("steps"):

@@ -26,7 +26,8 @@ class Recipe:
         grad_clip: largest norm of the gradient.
         ema_decay: weight of the old average at each step.
         micro_batch: most images a process computes at once, in equal slices of its share of the batch; changes the
-            memory, not the gradient (but for dropout's masks). 0: the whole share.
+            memory, not the gradient (but for dropout's masks, and adversarial's `matching`, whose means are a
+            slice's). 0: the whole share.
         seed: of weights, data order, noise, times and dropout.
         log_interval, save_interval, eval_interval: in steps; eval_interval 0: never.
         max_minutes: stop (and export) after this time in one session; None: never.
