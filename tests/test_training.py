@@ -571,9 +571,13 @@ def test_models_without_a_checkpoint_to_go_on_from_are_not_replaced(small_run):
     for path in save_dir.glob("*.ckpt"):  # 2 GB each on the challenge's network
         path.unlink()
     kept = {path: path.read_bytes() for path in save_dir.iterdir() if path.is_file()}
-    with pytest.raises(UserError, match="run holds final_model.pt, but no last.ckpt to go on from: choose another"):
-        small_run(1)
-    assert {path: path.read_bytes() for path in kept} == kept
+    for name in ("final_model.pt", "checkpoint_iter_2.pt"):
+        with pytest.raises(UserError, match=f"run holds {name}, but no last.ckpt to go on from: choose another"):
+            small_run(1)
+        assert {path: path.read_bytes() for path in kept} == kept
+        del kept[save_dir / name]
+        (save_dir / name).unlink()
+    small_run(1)
 
 
 def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(small_run):
@@ -664,13 +668,6 @@ def test_full_disk_while_decoding_ends_with_one_line(faces, workdir, monkeypatch
     assert list((workdir / "data/cache").iterdir()) == []
 
 
-def test_run_cut_short_between_its_last_step_and_its_export_is_finished_by_the_same_command(small_run):
-    save_dir = small_run(2)
-    (save_dir / "final_model.pt").unlink()
-    small_run(2)
-    assert (save_dir / "final_model.pt").exists()
-
-
 @pytest.fixture
 def tiny_run(workdir, monkeypatch):
     """Train a network of points in the U-Net's place, without pictures: call with (steps, **what differs)."""
@@ -687,6 +684,43 @@ def tiny_run(workdir, monkeypatch):
         return workdir / save_dir
 
     return run
+
+
+def test_a_full_disk_at_the_last_save_leaves_the_model(tiny_run, monkeypatch):
+    def full(*_, **__):
+        raise UserError("could not write run/next.ckpt: is the disk full? Make room, run again")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="is the disk full"):
+        patch.setattr(run_folder, "save_last", full)
+        tiny_run(2)
+    with pytest.raises(UserError, match="run holds final_model.pt, .* or move its models away"):
+        tiny_run(2)
+
+
+def test_a_run_killed_between_its_last_save_and_its_model_goes_on(tiny_run, monkeypatch):
+    def killed(folder, *_):
+        assert (folder.path / "last.ckpt").is_file()  # or the same command would not go on
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_folder.RunFolder, "export", killed)
+        tiny_run(2)
+    assert (tiny_run(2) / "final_model.pt").is_file()
+
+
+def test_a_run_killed_after_a_score_and_before_its_first_save_begins_again(tiny_run):
+    ratios = iter([2.0])
+
+    def evaluate(model):
+        for ratio in ratios:
+            return {"ratio": ratio}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(4, evaluate=evaluate, eval_interval=1, save_interval=4)
+    save_dir = tiny_run(4, evaluate=lambda model: {"ratio": 3.0}, eval_interval=1, save_interval=4)
+    provenance = torch.load(save_dir / "best_model.pt", weights_only=True)["provenance"]
+    assert (provenance["step"], provenance["ratio"]) == (1, 2.0)  # the lower score is kept
 
 
 def test_a_best_model_that_could_not_be_written_is_scored_and_written_again(tiny_run, monkeypatch):

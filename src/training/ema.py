@@ -110,7 +110,7 @@ def rebuild(run: Path, sigma_rel: float, step: int | None) -> tuple[int, dict, d
     """
     if not 0.01 <= sigma_rel <= 0.25:
         raise UserError(f"--sigma_rel must lie between 0.01 and 0.25, got {sigma_rel}")
-    steps = sorted(int(path.stem) for path in (run / "averages").glob("*.pt"))
+    steps = sorted(int(path.stem) for path in (run / "averages").glob("*.pt") if path.stem.isdigit())
     if step is None:
         step = steps[-1] if steps else 0
     steps = [kept for kept in steps if kept <= step]

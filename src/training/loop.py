@@ -107,11 +107,13 @@ def train(
                 logs, interval_start, interval_began = {}, step, now
             left = time.monotonic()
             if folder:
-                if at_interval:
-                    folder.export(f"checkpoint_iter_{step}.pt", *(["final_model.pt"] if finished else []))
-                if at_interval or stopped:
-                    folder.save(identity)
-                if evaluate and scoring:  # saved before: it takes a while
+                try:
+                    if at_interval or stopped:
+                        folder.save(identity)
+                finally:  # a full disk may have room for the smaller ones
+                    if at_interval:
+                        folder.export(f"checkpoint_iter_{step}.pt", *(["final_model.pt"] if finished else []))
+                if evaluate and scoring:
                     folder.score()
                 if at_interval or stopped:
                     folder.plot()

@@ -17,11 +17,12 @@ from src.utils import NFES, labelled_grid, replacing, tensor_to_pil_image, write
 
 
 def environment(device: torch.device) -> dict:
-    """Which code, package versions and chip are at work."""
+    """Which code, package versions and chip are at work. A clean tree has the commit's Python files."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        clean = not subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+        changed = [*git, "status", "--porcelain", "-uno", "--", ":(top)*.py"]
+        clean = not subprocess.run(changed, capture_output=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError):
         commit, clean = "unknown", False
     return {
