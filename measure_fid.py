@@ -9,7 +9,7 @@ from pathlib import Path
 from cleanfid import fid
 
 from dataset import SimpsonsDataModule
-from src.evaluation.features import load_features, official_inception
+from src.evaluation.features import load_features, loading_workers, official_inception
 from src.evaluation.reference import image_files, refuse_other_size, write_reference
 from src.images import DATA_ROOT
 from src.utils import UserError, one_line_errors, pick_device, write_json
@@ -69,7 +69,7 @@ def main() -> None:
         glob.escape(args.reference_dir),
         device=device,
         batch_size=args.batch_size,
-        num_workers=min(4, os.cpu_count() or 1),
+        num_workers=loading_workers(),
         use_dataparallel=False,  # or it would insist on the first of several GPUs
     )
     print(f"FID Score: {score:.4f}")

@@ -2,9 +2,9 @@
 
     python -m benchmarks.scoring --generated samples/nfe=1 samples/nfe=2 samples/nfe=4 --reference REF --features FILE
 
-Both take the same feature network, two loading workers and batches of 32. clean-fid embeds the samples and the
-references in each run; we embed the references once, and from then on read them from the cache. Prints the times, their
-ratio the first time and later, and the largest relative difference of a distance.
+Both take the same feature network, and the loading workers and batches of measure_fid.py. clean-fid embeds the samples
+and the references in each run; we embed the references once, and from then on read them from the cache. Prints the
+times, their ratio the first time and later, and the largest relative difference of a distance.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import torch
 from cleanfid import fid
 
 from src.evaluation.distances import frechet_distance
-from src.evaluation.features import folder_features, load_features, official_inception
+from src.evaluation.features import folder_features, load_features, loading_workers, official_inception
 from src.evaluation.reference import image_files
 from src.utils import one_line_errors, pick_device
 
@@ -34,14 +34,16 @@ def main() -> None:
 
     def clean_fid(folder: str):
         network = lambda x: layers((x - 128) / 128).flatten(1)  # noqa: E731 (as clean-fid calls its own)
-        return fid.get_folder_features(folder, network, num_workers=2, device=device, mode="clean")
+        return fid.get_folder_features(
+            folder, network, num_workers=loading_workers(), batch_size=64, device=device, mode="clean"
+        )
 
     began = time.perf_counter()
     theirs = [fid.fid_from_feats(clean_fid(folder), clean_fid(args.reference)) for folder in args.generated]
     middle = time.perf_counter()
-    reference = folder_features(args.reference, features, device, batch_size=32)
+    reference = folder_features(args.reference, features, device)
     embedded = time.perf_counter()
-    found = [folder_features(folder, features, device, batch_size=32) for folder in args.generated]
+    found = [folder_features(folder, features, device) for folder in args.generated]
     ours = [frechet_distance(one, reference) for one in found]
     ended = time.perf_counter()
     first, later = (middle - began) / (ended - middle), (middle - began) / (ended - embedded)

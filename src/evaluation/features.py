@@ -75,6 +75,15 @@ def load_features(path: str | os.PathLike, device: torch.device) -> Features:
     return Features(network, DISTANCES.get(key, f"FD[{file.stem}]"), key)
 
 
+def loading_workers() -> int:
+    """Processes that load images, at most four; none where their batches, of 70 MB, would not fit into shared memory,
+    of which a Docker container has 64 MB."""
+    shared = Path("/dev/shm")
+    if shared.is_dir() and shutil.disk_usage(shared).free < 2**30:
+        return 0
+    return min(4, os.cpu_count() or 1)
+
+
 def folder_features(
     folder: str | os.PathLike, features: Features, device: torch.device, batch_size: int = 64, cache: bool = False
 ) -> np.ndarray:
@@ -92,7 +101,7 @@ def folder_features(
         return fid.get_files_features(  # not of the folder, in whose name clean-fid would see patterns
             list(map(str, files)),
             features.network,
-            num_workers=min(4, os.cpu_count() or 1),
+            num_workers=loading_workers(),
             batch_size=batch_size,
             device=device,
             mode="clean",
