@@ -1,6 +1,6 @@
 # make demo   draw faces, train the challenge's U-Net for a few minutes, sample, score
 # make test   all tests and the linter
-# Both make the environment in .venv first. Another interpreter: make test PYTHON=/path/to/python3.10
+# Both make the environment in .venv first. Another interpreter: rm -rf .venv; make test PYTHON=/path/to/python3.10
 
 # The first interpreter that really runs, can make environments, and has wheels for the pinned packages.
 PYTHON ?= $(shell for p in python3.10 python3.11 python3.12 python3.13 python3; do \

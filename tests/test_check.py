@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+import venv
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -619,3 +620,23 @@ def test_check_ends_with_one_line(project, monkeypatch, capsys):
     with pytest.raises(UserError, match="the submission is not ready"):
         main()
     assert "FAIL      files" in capsys.readouterr().out
+
+
+def test_packages_that_pip_installed_for_the_user_are_found_and_others_hidden(tmp_path, monkeypatch):
+    """Without the right to install for all, pip puts packages into ~/.local."""
+    venv.create(tmp_path / "venv", system_site_packages=True)  # or Python would not look there
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv/bin/python"))
+    monkeypatch.setenv("PYTHONUSERBASE", str(tmp_path / "user"))
+    home = tmp_path / f"user/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    home.mkdir(parents=True)
+    (home / "tqdm.py").touch()
+    (home / "pypdf.py").touch()
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("tqdm", "pypdf"):
+        (tree / f"with_{name}.py").write_text(f"import {name}\nassert 'user' in {name}.__file__\n")
+    subject = checking.Subject(ROOT, tree / contents.TARGET, None, tree, tree, "cpu")
+    submission = checking.Submission(subject, tree, tmp_path, False)
+    assert submission.probe("run", command=["with_tqdm.py"])[0] == {}
+    (fault,) = submission.probe("run", command=["with_pypdf.py"])[0].values()
+    assert "no module named 'pypdf' in the TAs' environment" in fault

@@ -24,10 +24,10 @@ def official(workdir, monkeypatch):
     """A stand-in for a clone of the base code, and a manifest that fits it."""
     clone = workdir / "clone"
     manifest = {}
-    for name in ("src/network.py", "data/train_split.txt", "data/val_split.txt", "sampling.py"):
+    for name in ("src/network.py", "data/train_split.txt", "data/val_split.txt", "sampling.py", "README.md"):
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / name).write_text(f"{name}\n")
-        manifest[name] = {"sha256": hashlib.sha256(f"{name}\n".encode()).hexdigest()}
+        manifest[name] = {"sha256": hashlib.sha256(f"{name}\n".encode()).hexdigest(), "frozen": name != "README.md"}
     monkeypatch.setattr(base_code, "MANIFEST", manifest)
     return clone
 
@@ -46,6 +46,13 @@ def test_altered_or_missing_files_are_named_and_nothing_is_written(official, wor
     with pytest.raises(UserError, match=message):
         base_code.bring(official)
     assert not (workdir / "base_code").exists() and not (workdir / "data").exists()
+
+
+def test_an_altered_file_that_nobody_needs_is_left_out(official, workdir, capsys):
+    (official / "README.md").write_text("a typo less\n")
+    assert "README.md" not in base_code.bring(official)
+    assert capsys.readouterr().err == "warning: README.md is not the official file, and is left out\n"
+    assert base_code.faults(workdir / "base_code") == ["README.md is missing"]
 
 
 def test_without_a_connection_there_is_one_line(workdir, script_env):

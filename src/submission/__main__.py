@@ -6,15 +6,14 @@ from pathlib import Path
 
 from src.images import DATA_ROOT
 from src.submission import pack as packing
-from src.submission.base_code import MANIFEST, bring
+from src.submission.base_code import bring
 from src.submission.check import Subject
 from src.training.export import DTYPES, TARGET, export
 from src.utils import UserError, one_line_errors, pick_device
 
 
 def base_code(args: argparse.Namespace) -> None:
-    bring(args.source)
-    print(f"{len(MANIFEST)} official files, all verified, in base_code/; the splits in data/")
+    print(f"{len(bring(args.source))} official files, all verified, in base_code/; the splits in data/")
 
 
 def export_run(args: argparse.Namespace) -> None:

@@ -93,7 +93,7 @@ class Submission:
             env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
             result = subprocess.run(
                 [sys.executable, Path(__file__).with_name("probe.py"), copy, f"{folder}/task.json"],
-                cwd=copy, env={**env, "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+                cwd=copy, env={**env, "PYTHONDONTWRITEBYTECODE": "1"},
                 capture_output=True, text=True,
             )  # fmt: skip
             facts = Path(task["facts"])
@@ -128,7 +128,8 @@ def frozen(s: Submission) -> Iterator[Line]:
 
 def packages(s: Submission) -> Iterator[Line]:
     if different := environment.deviations(s.pins):
-        yield unproven("environment", f"not the TAs': {'; '.join(different)}; make one with Python 3.10: make test")
+        yield unproven("environment", f"not the TAs': {'; '.join(different)}; make one with Python 3.10: "
+                       "rm -rf .venv; make test PYTHON=python3.10")  # fmt: skip
     else:
         yield passed("environment", f"Python 3.10 and the TAs' {len(s.pins)} pinned packages")
 

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from src.submission.base_code import MANIFEST, faults, sha256
+from src.submission.base_code import LOADER, MANIFEST, faults, sha256
 from src.training.export import TARGET
 from src.utils import NFES, UserError, objective_of, read_checkpoint, read_config, write_json
 
@@ -14,7 +14,6 @@ FROZEN = [name for name, official in MANIFEST.items() if official["frozen"]]
 SHIPPED = json.loads((Path(__file__).parent / "shipped_sha256.json").read_text())
 CONFIG = TARGET.with_name("model_config.json")
 REQUIRED = (*SCRIPTS, "requirements.txt", *FROZEN, str(TARGET), str(CONFIG))
-LOADER = "src/utils.py"  # of the official files, the one with load_model; a team may change its own
 WRITEUP = "writeup.pdf"
 SHOWN = 32  # sample images of each NFE that a final submission carries
 
