@@ -170,6 +170,10 @@ def table(rows: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
+def code_of(environment: dict) -> str:
+    return environment["commit"][:7] + ("" if environment["clean_tree"] else ", changed")
+
+
 def main() -> None:
     args, extra = parse_arguments()
     batch = argparse.ArgumentParser()
@@ -214,7 +218,7 @@ def main() -> None:
         command = [*common, "--num_iterations", str(steps), "--seed", str(seed), "--save_dir", str(folder)]
         run_to_the_end([*command, "--stages" if ":" in name else "--objective", name, *extra])
         record = json.loads((folder / "run.json").read_text())
-        commits = sorted({session["environment"]["commit"] for session in record["sessions"]})  # that trained it
+        commits = sorted({code_of(session["environment"]) for session in record["sessions"]})  # that trained it
         hours = record["device_hours"]
         return {"evaluations_a_sample": cost, "samples": steps * batch_size, "hours": hours, "commits": commits}
 
@@ -226,7 +230,7 @@ def main() -> None:
     # By content, not by name: another start at the same place is another measurement.
     settings = {"start": weights_hash(start), "data": data_hash, "scores": [scorer.key for scorer in scorers]}
     settings |= {"budget": args.budget, "extra": extra}
-    nothing = {"evaluations_a_sample": 0.0, "samples": 0, "hours": 0.0, "commits": [environment(device)["commit"]]}
+    nothing = {"evaluations_a_sample": 0.0, "samples": 0, "hours": 0.0, "commits": [code_of(environment(device))]}
     rows = {"start": [measure(args.out / "start", Path(args.start), settings, lambda: nothing, scorers, device)]}
     grid = {"start": side_by_side(Path(args.start), device)}
     for name in chains:
@@ -246,7 +250,7 @@ def main() -> None:
                 grid[f"{name}, smoothed, seed {seed}"] = side_by_side(smooth / final.name, device)
 
     distance, floor, runs = scorers[0].features.distance, scorers[0].floor, len(args.training_seeds)
-    commits = sorted({commit[:7] for name in chains for run in rows[name] for commit in run["commits"]})
+    commits = sorted({commit for name in chains for run in rows[name] for commit in run["commits"]})
     parameters = sum(p.numel() for p in start.parameters()) / 1e6
     over = f"{runs} training runs" if runs > 1 else "sampling seeds of one training run" if args.seeds > 1 else ""
     interval = f"mean ± 95 % over {over}" if over else "one training run"

@@ -188,8 +188,12 @@ def test_a_run_of_other_objectives_is_told(project):
     git("init", "-q")
     git("add", "src")
     git("commit", "-qm", "some")
-    changed(project, lambda r: [s["environment"].update(commit=git("rev-parse", "HEAD")) for s in r["sessions"]])
+    code_of = {"commit": git("rev-parse", "HEAD"), "clean_tree": True}
+    changed(project, lambda r: [s["environment"].update(code_of) for s in r["sessions"]])
     assert build(project).stderr == ""
+    changed(project, lambda r: [s["environment"].update(clean_tree=False) for s in r["sessions"]])
+    assert "warning: run was trained with code that was changed after commit" in build(project).stderr
+    changed(project, lambda r: [s["environment"].update(code_of) for s in r["sessions"]])
     code.write_text("a = 2\n")
     result = build(project)
     assert result.returncode == 0 and told in result.stderr

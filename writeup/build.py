@@ -170,8 +170,11 @@ def check_keys(keys: list[str], known: set[str]) -> None:
         raise Fault(f"references.bib has no entry {', '.join(unknown)}: add it")
 
 
-def warn_of_other_code(run: Path, commit: str) -> None:
-    """methods.typ tells what the objectives are now; a run may have trained what they were."""
+def warn_of_other_code(run: Path, commit: str, clean: bool) -> None:
+    """methods.typ tells what the objectives are now; a run may have trained what they were, or what no commit holds."""
+    if not clean:
+        told = f"warning: {run} was trained with code that was changed after commit {commit}"
+        print(f"{told}, and which that was is not known", file=sys.stderr)
     where = [commit, "--", "src/objectives"]
     try:
         code = subprocess.run(["git", "diff", "--quiet", *where], cwd=HERE.parent, capture_output=True).returncode
@@ -227,7 +230,8 @@ def gathered(records: list[dict], scored: dict) -> dict:
         "device": ", ".join(devices),
         "device_hours": f"{sum(record['device_hours'] for record in records):.2f}",
         "sessions": str(len(sessions)),
-        "commit": sessions[-1]["environment"]["commit"][:10],
+        "commit": sessions[-1]["environment"]["commit"][:10]
+        + ("" if sessions[-1]["environment"]["clean_tree"] else ", changed"),
         "nfes": nfes,
         "samples": f"{scored['samples']:,}",
         "seeds": str(scored["sampling seeds"]),
@@ -268,8 +272,9 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
         raise Fault(f"{report} is of bfloat16 samples, and sampling.py draws float32 ones: write it without --bf16")
     check_order(runs, records)
     for run, record in zip(runs, records, strict=True):
-        for commit in sorted({session["environment"]["commit"] for session in record["sessions"]}):
-            warn_of_other_code(run, commit)
+        surroundings = [session["environment"] for session in record["sessions"]]
+        for commit, clean in sorted({(one["commit"], one["clean_tree"]) for one in surroundings}):
+            warn_of_other_code(run, commit, clean)
     data = gathered(records, scored)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
