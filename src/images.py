@@ -28,9 +28,10 @@ def split_paths(root: str | os.PathLike, split: str, split_dir: str | os.PathLik
         raise UserError(f"{split_file} names no image")
     missing = [path for path in paths if not path.is_file()]
     if missing:
+        again = "delete ./data/datasets, and all are downloaded again" if Path(root) == Path(DATA_ROOT) else ""
         raise UserError(
             f"{len(missing)} of the {len(paths)} images of {split_file} are missing, the first is {missing[0]}: "
-            "complete the folder, or name the split that belongs to it with --split_dir"
+            f"{again or 'complete the folder'}, or name the split that belongs to it with --split_dir"
         )
     return paths
 

@@ -42,7 +42,7 @@ def one_line_errors() -> Iterator[None]:
             text = text.split("\n")[-1].removeprefix("src.utils.UserError: ")
         sys.exit("error: " + " ".join(text.split()))
     except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory: lower --batch_size, or in training --micro_batch")
+        sys.exit("error: out of GPU memory: lower --batch_size or --micro_batch, or end what else is on the GPU")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -167,11 +167,16 @@ def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
 def cached_array(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     """The array of this name in data/cache, made and kept there if it is not; memory-mapped, writes stay private."""
     path = CACHE / f"{name}.npy"
-    if not path.is_file():
-        array = make()
-        # Plain file writes raise on a full disk, where writing to a new memory map would kill the process.
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, array)
+    try:
+        return np.load(path, mmap_mode="c")
+    except FileNotFoundError:
+        pass
+    except (EOFError, ValueError):
+        print(f"warning: {path} is damaged, and made again", file=sys.stderr)
+    array = make()
+    # Plain file writes raise on a full disk, where writing to a new memory map would kill the process.
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)
     return np.load(path, mmap_mode="c")
 
 

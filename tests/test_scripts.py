@@ -20,9 +20,11 @@ from custom_model import create_custom_model
 from dataset import SimpsonsDataModule, SimpsonsDataset, get_data_iterator
 from src.evaluation.features import Features
 from src.evaluation.reference import write_reference
+from src.images import DATA_ROOT, split_paths
 from src.quantise import quantised
 from src.utils import (
     UserError,
+    cached_array,
     load_model,
     replacing_folder,
     save_model,
@@ -362,3 +364,21 @@ def test_measure_fid_refuses_folders_that_would_be_miscounted(fid_script, workdi
         run()
     with pytest.raises(UserError, match="no folder"):
         run("--generated_dir", "absent")
+
+
+def test_a_damaged_array_in_the_cache_is_made_again(workdir, capsys):
+    for damage in (b"", b"\x93NUMPY"):
+        cached_array("some", lambda: np.arange(3))
+        Path("data/cache/some.npy").write_bytes(damage)
+        assert cached_array("some", lambda: np.arange(3)).tolist() == [0, 1, 2]
+        assert capsys.readouterr().err == "warning: data/cache/some.npy is damaged, and made again\n"
+        assert cached_array("some", lambda: pytest.fail("kept")).tolist() == [0, 1, 2]
+
+
+def test_a_download_that_was_interrupted_can_be_done_again(workdir):
+    (workdir / DATA_ROOT).mkdir(parents=True)
+    Path("train_split.txt").write_text("0\n")
+    with pytest.raises(UserError, match="delete ./data/datasets, and all are downloaded again, or name the split"):
+        split_paths(DATA_ROOT, "train", ".")
+    with pytest.raises(UserError, match="complete the folder, or name the split"):
+        split_paths("elsewhere", "train", ".")
