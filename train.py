@@ -60,7 +60,7 @@ PRESETS = {
         warmup=1000,
         lr_decay_start=40_000,
         micro_batch=32,
-        save_interval=5000,
+        save_interval=2000,
     ),
     # 0.9 M images on an H200-class card: 20 minutes of training, by the speeds measured there, beside compiling.
     "data-centre-25min": dict(
