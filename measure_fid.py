@@ -69,7 +69,7 @@ def main() -> None:
         glob.escape(args.reference_dir),
         device=device,
         batch_size=args.batch_size,
-        num_workers=loading_workers(),
+        num_workers=loading_workers(args.batch_size),
         use_dataparallel=False,  # or it would insist on the first of several GPUs
     )
     print(f"FID Score: {score:.4f}")

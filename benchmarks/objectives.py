@@ -170,8 +170,9 @@ def table(rows: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
-def code_of(environment: dict) -> str:
-    return environment["commit"][:7] + ("" if environment["clean_tree"] else ", changed")
+def code_of(surroundings: dict) -> str:
+    """The commit, and whether its Python files had been changed."""
+    return surroundings["commit"] + ("" if surroundings["clean_tree"] else " (changed)")
 
 
 def main() -> None:
@@ -250,7 +251,8 @@ def main() -> None:
                 grid[f"{name}, smoothed, seed {seed}"] = side_by_side(smooth / final.name, device)
 
     distance, floor, runs = scorers[0].features.distance, scorers[0].floor, len(args.training_seeds)
-    commits = sorted({commit for name in chains for run in rows[name] for commit in run["commits"]})
+    commits = {commit[:7] + commit[40:] for name in chains for run in rows[name] for commit in run["commits"]}
+    named = ", ".join(sorted(commits))
     parameters = sum(p.numel() for p in start.parameters()) / 1e6
     over = f"{runs} training runs" if runs > 1 else "sampling seeds of one training run" if args.seeds > 1 else ""
     interval = f"mean ± 95 % over {over}" if over else "one training run"
@@ -259,7 +261,7 @@ def main() -> None:
         f"{distance}, {args.samples} samples, {args.seeds} sampling seeds, floor {floor:.2f}; {interval}; "
         f"{args.budget:g} network evaluations each, after {args.start}; {parameters:.2f} M parameters at "
         f"{start.image_size}x{start.image_size}, {len(images)} training images; training seeds "
-        f"{', '.join(map(str, args.training_seeds))}; commit {', '.join(commits)}\n\n" + "\n".join(table(rows)) + "\n"
+        f"{', '.join(map(str, args.training_seeds))}; commit {named}\n\n" + "\n".join(table(rows)) + "\n"
     )
     print(text, end="")
     (args.out / "table.md").write_text(text, encoding="utf-8")

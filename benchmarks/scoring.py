@@ -35,7 +35,7 @@ def main() -> None:
     def clean_fid(folder: str):
         network = lambda x: layers((x - 128) / 128).flatten(1)  # noqa: E731 (as clean-fid calls its own)
         return fid.get_folder_features(
-            folder, network, num_workers=loading_workers(), batch_size=64, device=device, mode="clean"
+            folder, network, num_workers=loading_workers(64), batch_size=64, device=device, mode="clean"
         )
 
     began = time.perf_counter()

@@ -42,7 +42,7 @@ def one_line_errors() -> Iterator[None]:
             text = text.split("\n")[-1].removeprefix("src.utils.UserError: ")
         sys.exit("error: " + " ".join(text.split()))
     except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory: lower --batch_size or --micro_batch, or end what else is on the GPU")
+        sys.exit("error: out of GPU memory: lower --batch_size (training: --micro_batch), or end what else is there")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

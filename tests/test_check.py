@@ -598,11 +598,11 @@ def test_the_shipped_hashes_are_current():
 
 def test_official_files_are_laid_over_ours_or_refused(project, tmp_path, monkeypatch):
     official = {}
-    for name in (*contents.FROZEN, contents.LOADER):
+    for name in (*contents.FROZEN, base_code.LOADER):
         path = project / "base_code" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"# official {name}\n")
-        official[name] = {"sha256": contents.sha256(path)}
+        official[name] = {"sha256": contents.sha256(path), "frozen": name in contents.FROZEN}
     monkeypatch.setattr(base_code, "MANIFEST", official)
     monkeypatch.chdir(project)
     assert contents.lay_out(project, tmp_path / "tree", contents.TARGET, None)

@@ -459,10 +459,10 @@ def test_fd_mid_of_real_faces(shared, tmp_path):
 GOLDEN_FD_MID_40 = 9.476418  # clean-fid 0.1.35, torch 2.6.0, float32 on a CPU
 
 
-@pytest.mark.parametrize("free, expected", [(2**26, 0), (2**33, 4)])
-def test_nothing_is_loaded_beside_where_shared_memory_is_small(monkeypatch, free, expected):
+@pytest.mark.parametrize("free, batch_size, expected", [(2**26, 64, 0), (2**30, 64, 4), (2**30, 256, 0)])
+def test_nothing_is_loaded_beside_where_shared_memory_is_small(monkeypatch, free, batch_size, expected):
     """A Docker container has 64 MB, if nothing else was asked for."""
     monkeypatch.setattr(room.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(room.Path, "is_dir", lambda path: True)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    assert room.loading_workers() == expected
+    assert room.loading_workers(batch_size) == expected

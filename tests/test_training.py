@@ -567,11 +567,11 @@ def small_run(faces, workdir):
 
 
 def test_models_without_a_checkpoint_to_go_on_from_are_not_replaced(small_run):
-    save_dir = small_run(2)
+    save_dir = small_run(2, evaluate=lambda model: {"ratio": 2.0}, eval_interval=2)
     for path in save_dir.glob("*.ckpt"):  # 2 GB each on the challenge's network
         path.unlink()
     kept = {path: path.read_bytes() for path in save_dir.iterdir() if path.is_file()}
-    for name in ("final_model.pt", "checkpoint_iter_2.pt"):
+    for name in ("final_model.pt", "best_model.pt"):
         with pytest.raises(UserError, match=f"run holds {name}, but no last.ckpt to go on from: choose another"):
             small_run(1)
         assert {path: path.read_bytes() for path in kept} == kept
@@ -693,14 +693,18 @@ def test_a_full_disk_at_the_last_save_leaves_the_model(tiny_run, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UserError, match="is the disk full"):
         patch.setattr(run_folder, "save_last", full)
         tiny_run(2)
-    with pytest.raises(UserError, match="run holds final_model.pt, .* or move its models away"):
+    with pytest.raises(UserError, match="run holds final_model.pt, .* or move it away"):
         tiny_run(2)
 
 
 def test_a_run_killed_between_its_last_save_and_its_model_goes_on(tiny_run, monkeypatch):
-    def killed(folder, *_):
-        assert (folder.path / "last.ckpt").is_file()  # or the same command would not go on
-        raise KeyboardInterrupt
+    export = run_folder.RunFolder.export
+
+    def killed(folder, name):
+        if name == "final_model.pt":
+            assert (folder.path / "last.ckpt").is_file()  # or the same command would not go on
+            raise KeyboardInterrupt
+        export(folder, name)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run_folder.RunFolder, "export", killed)
@@ -708,7 +712,17 @@ def test_a_run_killed_between_its_last_save_and_its_model_goes_on(tiny_run, monk
     assert (tiny_run(2) / "final_model.pt").is_file()
 
 
-def test_a_run_killed_after_a_score_and_before_its_first_save_begins_again(tiny_run):
+def test_a_checkpoint_that_could_not_be_written_is_written_when_the_run_goes_on(tiny_run, monkeypatch):
+    def full(*_):
+        raise UserError("is the disk full?")
+
+    with monkeypatch.context() as disk, pytest.raises(UserError, match="full"):
+        disk.setattr(run_folder.RunFolder, "export", full)
+        tiny_run(4, save_interval=2)
+    assert (tiny_run(4, save_interval=2) / "checkpoint_iter_2.pt").is_file()
+
+
+def test_a_run_killed_after_a_score_and_before_its_first_save_goes_on(tiny_run):
     ratios = iter([2.0])
 
     def evaluate(model):
@@ -718,9 +732,8 @@ def test_a_run_killed_after_a_score_and_before_its_first_save_begins_again(tiny_
 
     with pytest.raises(KeyboardInterrupt):
         tiny_run(4, evaluate=evaluate, eval_interval=1, save_interval=4)
-    save_dir = tiny_run(4, evaluate=lambda model: {"ratio": 3.0}, eval_interval=1, save_interval=4)
-    provenance = torch.load(save_dir / "best_model.pt", weights_only=True)["provenance"]
-    assert (provenance["step"], provenance["ratio"]) == (1, 2.0)  # the lower score is kept
+    sessions = json.loads((tiny_run(4, save_interval=4) / "run.json").read_text())["sessions"]
+    assert [session["first_step"] for session in sessions] == [0, 1]
 
 
 def test_a_best_model_that_could_not_be_written_is_scored_and_written_again(tiny_run, monkeypatch):

@@ -172,9 +172,8 @@ def check_keys(keys: list[str], known: set[str]) -> None:
 
 def warn_of_other_code(run: Path, commit: str, clean: bool) -> None:
     """methods.typ tells what the objectives are now; a run may have trained what they were, or what no commit holds."""
-    if not clean:
-        told = f"warning: {run} was trained with code that was changed after commit {commit}"
-        print(f"{told}, and which that was is not known", file=sys.stderr)
+    if not clean and commit != "unknown":
+        print(f"warning: {run} was trained with code that may differ from its commit {commit}", file=sys.stderr)
     where = [commit, "--", "src/objectives"]
     try:
         code = subprocess.run(["git", "diff", "--quiet", *where], cwd=HERE.parent, capture_output=True).returncode
@@ -213,6 +212,7 @@ def gathered(records: list[dict], scored: dict) -> dict:
     check_keys([*cited, *scored["citations"]], known)
     model = records[-1]["model_config"]
     sessions = [session for record in records for session in record["sessions"]]
+    clean = {s["environment"]["commit"]: s["environment"]["clean_tree"] for s in sessions}
     devices = dict.fromkeys(f"{session['processes']} x {session['environment']['chip']}" for session in sessions)
     full = model["unet"] == "full" and model["image_size"] == 64
     nfes, trained = list(scored["nfe"]), scored["provenance"]["stages"]
@@ -230,8 +230,7 @@ def gathered(records: list[dict], scored: dict) -> dict:
         "device": ", ".join(devices),
         "device_hours": f"{sum(record['device_hours'] for record in records):.2f}",
         "sessions": str(len(sessions)),
-        "commit": sessions[-1]["environment"]["commit"][:10]
-        + ("" if sessions[-1]["environment"]["clean_tree"] else ", changed"),
+        "commit": sessions[-1]["environment"]["commit"][:10] + ("" if all(clean.values()) else ", changed"),
         "nfes": nfes,
         "samples": f"{scored['samples']:,}",
         "seeds": str(scored["sampling seeds"]),
@@ -273,7 +272,8 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
     check_order(runs, records)
     for run, record in zip(runs, records, strict=True):
         surroundings = [session["environment"] for session in record["sessions"]]
-        for commit, clean in sorted({(one["commit"], one["clean_tree"]) for one in surroundings}):
+        for commit in sorted({one["commit"] for one in surroundings}):
+            clean = all(one["clean_tree"] for one in surroundings if one["commit"] == commit)
             warn_of_other_code(run, commit, clean)
     data = gathered(records, scored)
     with tempfile.TemporaryDirectory() as temporary:

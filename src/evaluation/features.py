@@ -75,13 +75,12 @@ def load_features(path: str | os.PathLike, device: torch.device) -> Features:
     return Features(network, DISTANCES.get(key, f"FD[{file.stem}]"), key)
 
 
-def loading_workers() -> int:
-    """Processes that load images, at most four; none where their batches, of 70 MB, would not fit into shared memory,
-    of which a Docker container has 64 MB."""
-    shared = Path("/dev/shm")
-    if shared.is_dir() and shutil.disk_usage(shared).free < 2**30:
-        return 0
-    return min(4, os.cpu_count() or 1)
+def loading_workers(batch_size: int) -> int:
+    """Processes that load images for clean-fid, at most four; none where the batches that they hold ready would not fit
+    into shared memory, of which a Docker container has 64 MB."""
+    workers, shared = min(4, os.cpu_count() or 1), Path("/dev/shm")
+    ready = 2 * workers * batch_size * 4 * 3 * 299 * 299
+    return 0 if shared.is_dir() and shutil.disk_usage(shared).free < ready else workers
 
 
 def folder_features(
@@ -101,7 +100,7 @@ def folder_features(
         return fid.get_files_features(  # not of the folder, in whose name clean-fid would see patterns
             list(map(str, files)),
             features.network,
-            num_workers=loading_workers(),
+            num_workers=loading_workers(batch_size),
             batch_size=batch_size,
             device=device,
             mode="clean",

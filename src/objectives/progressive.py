@@ -38,7 +38,8 @@ class Progressive(Shortcut):
 
     @property
     def asks_velocity(self) -> bool:
-        # Jumps of 1/levels are the teacher's velocity: those of the first stage, and of kept jumps' targets.
+        # The first stage, and kept jumps, ask the teacher for 1/levels: the velocity of one with as many levels, and
+        # nothing that one without a velocity need have learned.
         return self.keep > 0 or self.steps == self.levels // 2
 
     @classmethod

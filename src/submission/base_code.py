@@ -33,6 +33,11 @@ def faults(folder: Path, names: Iterable[str] | None = None) -> list[str]:
     return found
 
 
+def needed() -> list[str]:
+    """The files that a submission is checked with: those that stay as they are, and the loader."""
+    return [name for name, official in MANIFEST.items() if official["frozen"] or name == LOADER]
+
+
 def clone(target: Path) -> None:
     """`git clone` of the public repository; UserError with git's reason if that fails."""
     command = ["git", "-c", "core.autocrlf=false", "clone", "--quiet", "--depth", "1", REPOSITORY, str(target)]
@@ -63,7 +68,7 @@ def bring(source: Path | None, target: Path = Path("base_code"), data: Path = Pa
             clone(source)
         if not source.is_dir():
             raise UserError(f"no folder {source}")
-        if found := faults(source, [name for name in MANIFEST if MANIFEST[name]["frozen"] or name == LOADER]):
+        if found := faults(source, needed()):
             raise UserError(f"{source} is not the official base code: {'; '.join(found)}")
         for fault in faults(source):
             print(f"warning: {fault}, and is left out", file=sys.stderr)

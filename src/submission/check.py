@@ -19,7 +19,8 @@ from src.evaluation.features import OFFICIAL
 from src.faces import write_dataset
 from src.images import read_rgb, split_paths, to_pixels
 from src.submission import environment
-from src.submission.contents import CONFIG, LOADER, REQUIRED, WRITEUP, altered_files
+from src.submission.base_code import LOADER
+from src.submission.contents import CONFIG, REQUIRED, WRITEUP, altered_files
 from src.training.export import TARGET
 from src.utils import NFES, UserError, tensor_to_pil_image
 from writeup.pages import keyword

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from src.submission.base_code import LOADER, MANIFEST, faults, sha256
+from src.submission.base_code import MANIFEST, faults, needed, sha256
 from src.training.export import TARGET
 from src.utils import NFES, UserError, objective_of, read_checkpoint, read_config, write_json
 
@@ -60,7 +60,7 @@ def lay_out(root: Path, tree: Path, checkpoint: Path, writeup: Path | None) -> b
     official = root / "base_code"
     if not official.is_dir():
         return False
-    if altered := faults(official, [*FROZEN, LOADER]):
+    if altered := faults(official, needed()):
         raise UserError(
             f"base_code/ is not the official base code ({'; '.join(altered)}): delete it, and fetch it again with "
             "`python -m src.submission base-code`"

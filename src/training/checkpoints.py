@@ -78,12 +78,12 @@ def load_last(save_dir: Path, identity: dict, defaults: dict[str, dict]) -> dict
         raise UserError(
             f"{save_dir} holds a model that was not trained there, whose files would be lost: choose another --save_dir"
         )
-    # A best model alone was scored before the first save, and is replaced by a better one only.
-    if kept := sorted([*save_dir.glob("final_model.pt"), *save_dir.glob("checkpoint_iter_*.pt")]):
-        raise UserError(
-            f"{save_dir} holds {kept[-1].name}, but no {LAST} to go on from: choose another --save_dir, or move its "
-            "models away to train anew"
-        )
+    for name in ("final_model.pt", "best_model.pt"):
+        if (save_dir / name).exists():
+            raise UserError(
+                f"{save_dir} holds {name}, but no {LAST} to go on from: choose another --save_dir, or move it away to "
+                "train anew"
+            )
     return None
 
 

@@ -107,13 +107,15 @@ def train(
                 logs, interval_start, interval_began = {}, step, now
             left = time.monotonic()
             if folder:
+                if at_interval:  # first: a run that goes on from what is saved would not write it again
+                    folder.export(f"checkpoint_iter_{step}.pt")
                 try:
-                    if at_interval or stopped:
+                    if at_interval or stopped or (scoring and not folder.saved()):
                         folder.save(identity)
-                finally:  # a full disk may have room for the smaller ones
-                    if at_interval:
-                        folder.export(f"checkpoint_iter_{step}.pt", *(["final_model.pt"] if finished else []))
-                if evaluate and scoring:
+                finally:  # a full disk may have room for this
+                    if finished:
+                        folder.export("final_model.pt")
+                if evaluate and scoring:  # saved before: without, a best model would be refused
                     folder.score()
                 if at_interval or stopped:
                     folder.plot()

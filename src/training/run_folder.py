@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from src.training.checkpoints import best_score, clear_leftovers, save_averages, save_last
+from src.training.checkpoints import LAST, best_score, clear_leftovers, save_averages, save_last
 from src.training.engine import Training
 from src.training.recipe import Teacher, history
 from src.training.record import Metrics, RunRecord, environment, plot_curves, save_previews
@@ -80,6 +80,10 @@ class RunFolder:
         for name in names:
             about = {**self.provenance(), **scores}
             save_model(self.training.ema.model, self.path / name, self.config(), provenance=about)
+
+    def saved(self) -> bool:
+        """Whether there is something to go on from."""
+        return (self.path / LAST).exists()
 
     def save(self, identity: dict) -> None:
         """All that the run needs to go on, and its longer and shorter averages."""
