@@ -84,12 +84,17 @@ def nets_of(model):
     return Nets(model, ema, teacher, critic)
 
 
+def losses_of(objective, nets, shape):
+    """Each loss, the network that it trains, and what it draws."""
+    yield objective.loss, nets.student, objective.draw(shape)
+    if nets.critic is not None:
+        yield objective.critic_loss, nets.critic, objective.draw_for_critic(shape)
+
+
 def test_loss_and_gradients_are_finite(model):
     data, noise = batch()
     nets = nets_of(model)
-    draw = model.objective.draw_for_critic(data.shape)
-    losses = [(model.objective.loss, model)] + ([(model.objective.critic_loss, nets.critic)] if nets.critic else [])
-    for loss_function, trained in losses:
+    for loss_function, trained, draw in losses_of(model.objective, nets, data.shape):
         loss, logs = loss_function(nets, data, noise, 0.3, draw)
         assert loss.shape == (8,) and loss.isfinite().all() and (loss > 0).all()
         assert all(values.ndim == 1 and not values.requires_grad for values in logs.values())
@@ -346,9 +351,7 @@ def test_accumulation_does_not_change_the_gradient(model):
     model.eval()  # dropout's masks do depend on the slices
     nets = nets_of(model)
     data, noise = batch(16)
-    draw = model.objective.draw_for_critic(data.shape)
-    losses = [(model.objective.loss, model)] + ([(model.objective.critic_loss, nets.critic)] if nets.critic else [])
-    for loss_function, trained in losses:
+    for loss_function, trained, draw in losses_of(model.objective, nets, data.shape):
         gradients = []
         for slices in (1, 2, 8):
             trained.zero_grad()

@@ -62,7 +62,8 @@ class DistributionMatching(Objective):
 
     def draw_for_critic(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         # Its samples are of the NFEs that are moved: held jumps, which are of NFE 2 and 4 alone, do not count.
-        return {**self.draw(shape), "nfe": in_turn([*NFES], shape[0])}
+        drawn = self.draw(shape)
+        return {"nfe": in_turn([*NFES], shape[0]), "tau": drawn["tau"], "tau_noise": drawn["tau_noise"]}
 
     def loss(
         self, nets: Nets, data: Tensor, noise: Tensor, progress: float, draw: dict[str, Tensor]
