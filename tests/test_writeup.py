@@ -181,7 +181,11 @@ def test_a_run_of_other_objectives_is_told(project):
         return subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout.strip()
 
     told = "warning: run trained the objectives of commit"
-    assert told in build(project).stderr  # without a repository nobody knows
+    changed(project, lambda r: [s["environment"].update(commit="unknown", clean_tree=False) for s in r["sessions"]])
+    warned = build(project).stderr
+    assert told in warned and "may differ from its commit" not in warned  # without a repository nobody knows
+    text = "".join(page.extract_text() for page in PdfReader(project / "writeup/writeup.pdf").pages)
+    assert "commit unknown)" in " ".join(text.split())
     code = project / "src/objectives/some.py"
     code.parent.mkdir(parents=True)
     code.write_text("a = 1\n")

@@ -170,9 +170,14 @@ def check_keys(keys: list[str], known: set[str]) -> None:
         raise Fault(f"references.bib has no entry {', '.join(unknown)}: add it")
 
 
-def warn_of_other_code(run: Path, commit: str, clean: bool) -> None:
+def uncommitted(environment: dict) -> bool:
+    """Whether a session's code may differ from its commit; without a repository nobody knows either."""
+    return environment["commit"] != "unknown" and not environment["clean_tree"]
+
+
+def warn_of_other_code(run: Path, commit: str, changed: bool) -> None:
     """methods.typ tells what the objectives are now; a run may have trained what they were, or what no commit holds."""
-    if not clean and commit != "unknown":
+    if changed:
         print(f"warning: {run} was trained with code that may differ from its commit {commit}", file=sys.stderr)
     where = [commit, "--", "src/objectives"]
     try:
@@ -212,7 +217,7 @@ def gathered(records: list[dict], scored: dict) -> dict:
     check_keys([*cited, *scored["citations"]], known)
     model = records[-1]["model_config"]
     sessions = [session for record in records for session in record["sessions"]]
-    clean = {s["environment"]["commit"]: s["environment"]["clean_tree"] for s in sessions}
+    code = sessions[-1]["environment"]
     devices = dict.fromkeys(f"{session['processes']} x {session['environment']['chip']}" for session in sessions)
     full = model["unet"] == "full" and model["image_size"] == 64
     nfes, trained = list(scored["nfe"]), scored["provenance"]["stages"]
@@ -230,7 +235,7 @@ def gathered(records: list[dict], scored: dict) -> dict:
         "device": ", ".join(devices),
         "device_hours": f"{sum(record['device_hours'] for record in records):.2f}",
         "sessions": str(len(sessions)),
-        "commit": sessions[-1]["environment"]["commit"][:10] + ("" if all(clean.values()) else ", changed"),
+        "commit": code["commit"][:10] + (", changed" if uncommitted(code) else ""),
         "nfes": nfes,
         "samples": f"{scored['samples']:,}",
         "seeds": str(scored["sampling seeds"]),
@@ -273,8 +278,8 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
     for run, record in zip(runs, records, strict=True):
         surroundings = [session["environment"] for session in record["sessions"]]
         for commit in sorted({one["commit"] for one in surroundings}):
-            clean = all(one["clean_tree"] for one in surroundings if one["commit"] == commit)
-            warn_of_other_code(run, commit, clean)
+            changed = any(uncommitted(one) for one in surroundings if one["commit"] == commit)
+            warn_of_other_code(run, commit, changed)
     data = gathered(records, scored)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
