@@ -124,6 +124,17 @@ def test_a_fault_of_one_machine_is_told_there(faces, workdir, script_env):
     assert processes[1].returncode == 1 and "error: no split file nowhere/train_split.txt" in told.splitlines()[-1]
 
 
+def test_a_process_of_several_ends_at_once(workdir, script_env):
+    """Taking the interpreter down beside gloo's threads aborted or hung now and then."""
+    (workdir / "worker.py").write_text(
+        "import atexit\nfrom src.training.distributed import joined\natexit.register(print, 'taken down')\n"
+        "with joined('cpu') as (world, device):\n    print('rank', world.rank, world.any(world.rank == 1), end=';')\n"
+    )
+    result = torchrun(2, workdir, script_env, workdir / "worker.py")
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.split(";")) == ["", "rank 0 True", "rank 1 True"]
+
+
 def test_a_rank_without_torchrun_is_one_line(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
