@@ -12,12 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src.base_model import BaseGenerativeModel, BaseScheduler
+from src.errors import UserError
 from src.filters import non_local_means, unsharp_mask
 from src.network import UNet
 from src.objectives import make_objective, parse_objective
 from src.objectives.contract import Nets, eval_mode
 from src.quantise import restore_quantised
-from src.utils import UserError, expand_t
+from src.utils import expand_t
 
 # The challenge's network, and a small one for tests and CPU experiments (no submission may use it).
 UNETS = {

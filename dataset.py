@@ -6,8 +6,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from src.errors import UserError
 from src.images import DATA_ROOT, ensure_root, read_rgb, split_paths, to_pixels
-from src.utils import UserError
 
 
 def get_data_iterator(iterable: Iterable) -> Iterator:

@@ -9,10 +9,12 @@ from pathlib import Path
 from cleanfid import fid
 
 from dataset import SimpsonsDataModule
+from src.errors import UserError, one_line_errors
 from src.evaluation.features import load_features, loading_workers, official_inception
 from src.evaluation.reference import image_files, refuse_other_size, write_reference
+from src.files import write_json
 from src.images import DATA_ROOT
-from src.utils import UserError, one_line_errors, pick_device, write_json
+from src.utils import pick_device
 
 REFERENCE = "./data/simpsons_64x64/val"
 

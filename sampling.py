@@ -7,15 +7,9 @@ import torch
 from tqdm import tqdm
 
 from custom_model import create_custom_model
-from src.utils import (
-    UserError,
-    load_model,
-    one_line_errors,
-    pick_device,
-    replacing_folder,
-    seed_everything,
-    tensor_to_pil_image,
-)
+from src.errors import UserError, one_line_errors
+from src.files import replacing_folder
+from src.utils import load_model, pick_device, seed_everything, tensor_to_pil_image
 
 
 def parse_arguments() -> argparse.Namespace:

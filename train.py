@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from custom_model import IMAGE_SIZES, TIME_SAMPLINGS, UNETS, create_custom_model
+from src.errors import UserError, one_line_errors
 from src.evaluation.scoring import CHOOSING_SEED, Scorer
 from src.images import DATA_ROOT
 from src.objectives import OBJECTIVES, make_objective, parse_objective, parse_stages
@@ -20,15 +21,7 @@ from src.training.export import TARGET, export
 from src.training.loop import train
 from src.training.recipe import Recipe, Teacher, plan
 from src.training.record import environment
-from src.utils import (
-    UserError,
-    get_current_time,
-    load_model,
-    one_line_errors,
-    read_checkpoint,
-    seed_everything,
-    weights_hash,
-)
+from src.utils import get_current_time, load_model, read_checkpoint, seed_everything, weights_hash
 
 # Recipes for those who do not want to improvise; every value can be overridden by its flag. The shortcut is, beside
 # `progressive`, the nearest at NFE 1 on the small network of all that needs no critic, no pairs and no other scale of

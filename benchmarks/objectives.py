@@ -24,11 +24,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from custom_model import create_custom_model
+from src.errors import UserError, one_line_errors
 from src.evaluation.compare import plot_distances
 from src.evaluation.intervals import mean_interval
 from src.evaluation.launch import run_to_the_end, split_flags
 from src.evaluation.sampler import SETTINGS, choose_strength
 from src.evaluation.scoring import CHOOSING_SEED, Scorer, draw_samples
+from src.files import write_json
 from src.objectives import make_objective, parse_stages
 from src.training.data import load_images
 from src.training.estimate import rehearsal
@@ -36,16 +38,13 @@ from src.training.recipe import Recipe, Stage, plan
 from src.training.record import environment
 from src.utils import (
     NFES,
-    UserError,
     labelled_grid,
     load_model,
-    one_line_errors,
     pick_device,
     read_checkpoint,
     read_config,
     tensor_to_pil_image,
     weights_hash,
-    write_json,
 )
 
 SEARCHED = 128  # images that a smoothing is chosen with

@@ -18,9 +18,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from src.errors import UserError, one_line_errors
+from src.files import replacing_folder
 from src.images import DATA_ROOT, ensure_root, read_rgb, split_paths, to_pixels
 from src.training.export import export
-from src.utils import UserError, one_line_errors, replacing_folder, tensor_to_pil_image
+from src.utils import tensor_to_pil_image
 
 # What our code imports beyond PyTorch, torchvision, NumPy, SciPy, Pillow and matplotlib, with what that needs in turn.
 # Pinned, because a newer one may need a package that is not here.

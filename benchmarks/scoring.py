@@ -13,10 +13,11 @@ import time
 import torch
 from cleanfid import fid
 
+from src.errors import one_line_errors
 from src.evaluation.distances import frechet_distance
 from src.evaluation.features import folder_features, load_features, loading_workers, official_inception
 from src.evaluation.reference import image_files
-from src.utils import one_line_errors, pick_device
+from src.utils import pick_device
 
 
 def main() -> None:

@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from custom_model import create_custom_model
 from dataset import SimpsonsDataModule, get_data_iterator
+from src.errors import UserError, one_line_errors
 from src.objectives import make_objective, parse_stages
 from src.training.data import load_images
 from src.training.engine import Training
 from src.training.recipe import Recipe, plan
-from src.utils import UserError, one_line_errors, pick_device
+from src.utils import pick_device
 
 TRAINING_FLOP = 268e9  # of one 64x64 image through the challenge's U-Net, forward and backward
 

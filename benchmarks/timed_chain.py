@@ -20,9 +20,9 @@ from statistics import median
 import torch
 
 import train
+from src.errors import UserError, one_line_errors
 from src.evaluation.launch import split_flags
 from src.objectives import parse_objective, parse_stages
-from src.utils import UserError, one_line_errors
 
 TRIAL = 8  # steps of each stage
 SAVES = 5  # the machine may be taken back

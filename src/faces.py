@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from src.utils import UserError, one_line_errors, replacing
+from src.errors import UserError, one_line_errors
+from src.files import replacing
 
 INK = (45, 32, 30)
 SKINS = ("#ffd90f", "#ffcf3a", "#f7c948", "#e8b04b", "#c98f4e", "#9a6238", "#f3c79b", "#ffe066")

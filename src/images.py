@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from src.utils import UserError
+from src.errors import UserError
 
 DATA_ROOT = "./data/datasets/kostastokis/simpsons-faces/versions/1/cropped"  # where kagglehub puts the faces
 

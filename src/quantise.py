@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from src.utils import UserError
+from src.errors import UserError
 
 SCALE = "::scale"  # what the name of an 8-bit weight's scales ends with
 

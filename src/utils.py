@@ -1,13 +1,9 @@
-"""Seeds, images, checkpoints and errors: what the challenge's scripts and all rooms share."""
+"""Seeds, images and checkpoints: what the challenge's scripts and all rooms share."""
 
 import hashlib
 import json
 import os
 import random
-import secrets
-import shutil
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -19,43 +15,10 @@ import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from src.errors import UserError
+from src.files import replacing, write_json
+
 NFES = (1, 2, 4)  # network calls, at which the challenge scores
-CACHE = Path("data/cache")  # arrays named by their content; may be deleted at any time
-
-
-class UserError(Exception):
-    """Something the user can put right. Scripts print it as one line and exit with 1."""
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Around a script's main: a user's error, or a full disk, ends it with one line and exit status 1.
-
-    So does SIGTERM, as Ctrl-C does, so that temporary files and processes that were begun end as well.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except (UserError, OSError) as error:
-        text = str(error).strip()
-        if "Traceback" in text:  # from a loader's worker, its message on the last line
-            text = text.split("\n")[-1].removeprefix("src.utils.UserError: ")
-        sys.exit("error: " + " ".join(text.split()))
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory: lower --batch_size (training: --micro_batch), or end what else is there")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-
-
-@contextmanager
-def on_stop(handle: Callable) -> Iterator[None]:
-    """Within, SIGINT and SIGTERM do nothing but call `handle(number, frame)`."""
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def seed_everything(seed: int) -> None:
@@ -124,66 +87,6 @@ def labelled_grid(rows: dict[str, list[Image.Image]], scale: int = 2) -> Image.I
         for x, image in enumerate(images):
             grid.paste(image.resize((size, size), Image.Resampling.NEAREST), (margin + x * size, y * size))
     return grid
-
-
-def _temporary(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not with the process's number: machines that share a disk may share it.
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-
-
-@contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Write a file whole or not at all: yields a temporary name beside `path`, renamed on success."""
-    path = Path(path)
-    temporary = _temporary(path)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """Write a folder whole or not at all: yields an empty one beside `folder`, which takes its place on success."""
-    folder = Path(folder)
-    temporary = _temporary(folder)
-    before = temporary.with_suffix(".old")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if folder.exists():
-            shutil.rmtree(before, ignore_errors=True)
-            folder.rename(before)
-        temporary.rename(folder)
-    finally:
-        if before.exists() and not folder.exists():
-            before.rename(folder)
-        for leftover in (temporary, before):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def cached_array(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array of this name in data/cache, made and kept there if it is not; memory-mapped, writes stay private."""
-    path = CACHE / f"{name}.npy"
-    try:
-        return np.load(path, mmap_mode="c")
-    except FileNotFoundError:
-        pass
-    except (EOFError, ValueError):
-        print(f"warning: {path} is damaged, and made again", file=sys.stderr)
-    array = make()
-    # Plain file writes raise on a full disk, where writing to a new memory map would kill the process.
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
-    return np.load(path, mmap_mode="c")
-
-
-def write_json(path: str | os.PathLike, content: dict) -> None:
-    """Write `content` as indented JSON, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager

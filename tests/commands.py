@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from unittest import mock
 
-from src.utils import UserError, one_line_errors
+from src.errors import UserError, one_line_errors
 
 
 def run_here(cwd: Path, module: str, *arguments) -> subprocess.CompletedProcess:

@@ -17,11 +17,13 @@ from commands import run_to_the_end_here
 import train as train_py
 from benchmarks import objectives, prepare, throughput, timed_chain
 from custom_model import create_custom_model
+from src.errors import UserError
+from src.files import write_json
 from src.images import split_paths
 from src.objectives import make_objective, parse_stages
 from src.training.data import load_images
 from src.training.recipe import plan
-from src.utils import UserError, load_model, save_model, write_json
+from src.utils import load_model, save_model
 
 
 def test_objectives_are_measured_once_with_each_training_seed(faces, workdir, tiny_network, randomised, monkeypatch):

@@ -16,12 +16,13 @@ import typst
 from PIL import Image
 
 from custom_model import create_custom_model
+from src.errors import UserError
 from src.faces import write_dataset
 from src.images import read_rgb
 from src.submission import base_code, contents, environment, pack, writeup
 from src.submission import check as checking
 from src.submission.__main__ import main
-from src.utils import UserError, save_model
+from src.utils import save_model
 from writeup.pages import counted
 
 ROOT = Path(__file__).resolve().parents[1]

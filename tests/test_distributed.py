@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from src.errors import UserError
 from src.training.distributed import World, joined
-from src.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,6 +21,7 @@ from toy import GaussianField
 
 from custom_model import CustomGenerativeModel, CustomScheduler, create_custom_model
 from dataset import SimpsonsDataModule
+from src.errors import UserError
 from src.evaluation import features as room
 from src.evaluation import sampler
 from src.evaluation.__main__ import main
@@ -32,7 +33,7 @@ from src.filters import blurred
 from src.images import to_pixels
 from src.objectives import make_objective
 from src.quantise import quantised
-from src.utils import UserError, load_model, read_checkpoint, save_model, save_weights, tensor_to_pil_image
+from src.utils import load_model, read_checkpoint, save_model, save_weights, tensor_to_pil_image
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
+from src.errors import UserError
 from src.faces import draw_face, write_dataset
-from src.utils import UserError
 
 
 def test_an_id_is_always_the_same_face(faces):

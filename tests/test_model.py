@@ -10,8 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from custom_model import CustomGenerativeModel, CustomScheduler, create_custom_model
+from src.errors import UserError
 from src.filters import non_local_means, unsharp_mask
-from src.utils import UserError
 
 
 def test_path_round_trips_in_float64():

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from custom_model import create_custom_model
+from src.errors import UserError
 from src.objectives import make_objective, parse_stages
 from src.training.engine import Training
 from src.training.muon import CITATIONS, MOMENTUM, Muon, orthogonal
 from src.training.recipe import Recipe, history, plan
-from src.utils import UserError
 
 SETTINGS = {"betas": (0.9, 0.99), "weight_decay": 0.1}
 

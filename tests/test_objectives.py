@@ -17,6 +17,7 @@ from operations import Operations
 from toy import MLP, distances, one_stage, train_on_mixture
 
 from custom_model import TIME_SAMPLINGS, CustomGenerativeModel, CustomScheduler, create_custom_model
+from src.errors import UserError
 from src.evaluation.report import CITATIONS as SCORES
 from src.objectives import OBJECTIVES, make_objective, parse_objective, parse_stages
 from src.objectives.adversarial import DRAWN, WOBBLE, feature_gap, octave_noise, wobble
@@ -30,7 +31,6 @@ from src.training.engine import Loss, Training, accumulate_gradient
 from src.training.loop import train
 from src.training.recipe import CITATIONS as TRAINING
 from src.training.recipe import Recipe, plan
-from src.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,10 +10,10 @@ import torch
 from toy import GaussianField
 
 from custom_model import CustomGenerativeModel, CustomScheduler
+from src.errors import UserError
 from src.objectives import make_objective
 from src.training import pairs as room
 from src.training.pairs import load_pairs, solve
-from src.utils import UserError
 
 SHAPE = (1, 4, 4)
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 import train as train_py
 from custom_model import create_custom_model
+from src.errors import UserError
 from src.evaluation.__main__ import main
 from src.evaluation.compare import differences, plot_distances
 from src.evaluation.distances import frechet_distance, kernel_distance, manifold_scores
@@ -26,7 +27,8 @@ from src.evaluation.intervals import at_infinity, mean_interval
 from src.evaluation.report import Model, flattened
 from src.evaluation.scoring import Data, evenly
 from src.evaluation.speed import seconds
-from src.utils import UserError, has_bf16, load_model, save_model, tensor_to_pil_image, write_json
+from src.files import write_json
+from src.utils import has_bf16, load_model, save_model, tensor_to_pil_image
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -19,6 +19,7 @@ from commands import run_here
 from toy import MLP, one_stage
 
 from custom_model import CustomGenerativeModel, CustomScheduler, create_custom_model
+from src.errors import UserError
 from src.quantise import quantised
 from src.training.checkpoints import clear_leftovers
 from src.training.data import load_images
@@ -26,7 +27,7 @@ from src.training.ema import PowerEMA, gamma_of, mix, rebuild
 from src.training.engine import Training
 from src.training.loop import train
 from src.training.recipe import Recipe
-from src.utils import UserError, load_model, read_checkpoint, save_model
+from src.utils import load_model, read_checkpoint, save_model
 
 STEPS = 60
 

@@ -18,20 +18,13 @@ from torchvision import transforms
 import measure_fid
 from custom_model import create_custom_model
 from dataset import SimpsonsDataModule, SimpsonsDataset, get_data_iterator
+from src.errors import UserError
 from src.evaluation.features import Features
 from src.evaluation.reference import write_reference
+from src.files import cached_array, replacing_folder, write_json
 from src.images import DATA_ROOT, split_paths
 from src.quantise import quantised
-from src.utils import (
-    UserError,
-    cached_array,
-    load_model,
-    replacing_folder,
-    save_model,
-    seed_everything,
-    tensor_to_pil_image,
-    write_json,
-)
+from src.utils import load_model, save_model, seed_everything, tensor_to_pil_image
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"model_type": "CustomGenerativeModel", "objective": "shortcut", "unet": "small"}
@@ -189,14 +182,14 @@ def test_a_config_that_is_named_is_taken_as_it_is(checkpoint, workdir):
 def test_sigterm_ends_a_script_and_what_it_runs(workdir, script_env):
     (workdir / "inner.py").write_text(
         "import pathlib, time\n"
-        "from src.utils import one_line_errors, replacing\n"
+        "from src.errors import one_line_errors\nfrom src.files import replacing\n"
         "with one_line_errors(), replacing(pathlib.Path('written')) as temporary:\n"
         "    temporary.touch(), time.sleep(120)\n"
     )
     (workdir / "outer.py").write_text(
         "import sys\n"
         "from src.evaluation.launch import run_to_the_end\n"
-        "from src.utils import one_line_errors\n"
+        "from src.errors import one_line_errors\n"
         "with one_line_errors():\n"
         "    run_to_the_end([sys.executable, 'inner.py'])\n"
     )

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from custom_model import create_custom_model
+from src.errors import UserError
+from src.files import write_json
 from src.quantise import quantised, restore_quantised
 from src.submission import base_code
 from src.training.export import export
-from src.utils import UserError, load_model, read_checkpoint, save_model, write_json
+from src.utils import load_model, read_checkpoint, save_model
 
 CHECKPOINTS = Path(base_code.__file__).resolve().parents[2] / "checkpoints"
 

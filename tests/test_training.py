@@ -25,6 +25,8 @@ from toy import MLP, one_stage
 
 import train as train_py
 from custom_model import UNETS, CustomGenerativeModel, CustomScheduler, create_custom_model
+from src.errors import UserError
+from src.files import write_json
 from src.images import to_pixels
 from src.objectives import make_objective, parse_stages
 from src.objectives.contract import Nets
@@ -38,7 +40,7 @@ from src.training.estimate import estimate
 from src.training.loop import train
 from src.training.recipe import Recipe, Teacher, plan
 from src.training.record import RunRecord, early_preview, environment, plot_curves
-from src.utils import UserError, has_bf16, load_model, save_model, tensor_to_pil_image, write_json
+from src.utils import has_bf16, load_model, save_model, tensor_to_pil_image
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--unet", "small", "--image_size", "32", "--device", "cpu", "--batch_size", "8", "--warmup", "2"]

@@ -4,6 +4,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from src.errors import UserError, one_line_errors
 from src.evaluation.compare import OURS, ablate, compare
 from src.evaluation.distances import frechet_distance
 from src.evaluation.features import folder_features, load_features, official_inception
@@ -14,7 +15,7 @@ from src.evaluation.sampler import choose_grids, choose_strength
 from src.evaluation.scoring import CHOOSING_SEED
 from src.evaluation.speed import speed
 from src.images import DATA_ROOT, read_rgb, split_paths, to_pixels
-from src.utils import NFES, UserError, one_line_errors, pick_device
+from src.utils import NFES, pick_device
 
 FEATURES = "TorchScript network; left out, the official Inception network, for the FID"
 

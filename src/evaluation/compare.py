@@ -11,19 +11,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
+from src.errors import UserError
 from src.evaluation.distances import frechet_distance
 from src.evaluation.features import load_features, official_inception
 from src.evaluation.intervals import mean_interval
 from src.evaluation.launch import refuse_flags, run_to_the_end
 from src.evaluation.report import Data, Model, check_counts
+from src.files import replacing, write_json
 from src.images import split_paths
-from src.utils import (
-    UserError,
-    pick_device,
-    read_checkpoint,
-    replacing,
-    write_json,
-)
+from src.utils import pick_device, read_checkpoint
 
 OURS = "data_root split_dir device save_dir dry_run".split()  # what `ablate` tells train.py itself
 

@@ -14,8 +14,9 @@ from cleanfid import fid
 from cleanfid.downloads_helper import inception_url
 from torch import Tensor
 
+from src.errors import UserError
 from src.evaluation.reference import image_files
-from src.utils import UserError, cached_array, replacing
+from src.files import cached_array, replacing
 
 OFFICIAL = Path("/tmp/inception-2015-12-05.pt")  # where clean-fid keeps, and looks for, its network
 # What the Fréchet distance of a network's features is called, by the SHA-256 of its file. FID: the official one's.

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from src.utils import UserError
+from src.errors import UserError
 
 
 def split_flags(reserved: list[str]) -> tuple[list[str], list[str]]:

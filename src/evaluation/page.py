@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from src.utils import replacing
+from src.files import replacing
 
 
 class Figures(NamedTuple):

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from src.utils import UserError, replacing_folder, tensor_to_pil_image
+from src.errors import UserError
+from src.files import replacing_folder
+from src.utils import tensor_to_pil_image
 
 
 def write_reference(dataset: Sequence[Tensor] | Dataset, folder: str | os.PathLike) -> None:

@@ -14,26 +14,24 @@ from tqdm import tqdm
 
 import custom_model
 from custom_model import create_custom_model
+from src.errors import UserError
 from src.evaluation.distances import frechet_distance, kernel_distance, manifold_scores
 from src.evaluation.failures import copies, failure_rates, nearest, variety
 from src.evaluation.features import Features, load_features, official_inception
 from src.evaluation.intervals import at_infinity, mean_interval
 from src.evaluation.page import Figures, write_page
 from src.evaluation.scoring import Data, draw_samples, evenly, kept_features
+from src.files import cached_array, replacing, write_json
 from src.utils import (
     NFES,
-    UserError,
-    cached_array,
     has_bf16,
     labelled_grid,
     load_model,
     pick_device,
     read_checkpoint,
     read_config,
-    replacing,
     tensor_to_pil_image,
     weights_hash,
-    write_json,
 )
 
 # Keys of references.bib for what the scores are.

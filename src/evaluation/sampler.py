@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from custom_model import CustomScheduler, create_custom_model
+from src.errors import UserError
 from src.evaluation.distances import frechet_distance
 from src.evaluation.features import load_features, official_inception
 from src.evaluation.scoring import CHOOSING_SEED, Data, draw_samples, image_features
 from src.objectives import make_objective
 from src.utils import (
-    UserError,
     load_model,
     objective_of,
     read_checkpoint,

@@ -12,10 +12,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from src.errors import UserError
 from src.evaluation.distances import frechet_distance
 from src.evaluation.features import Features, load_features, official_inception
+from src.files import cached_array
 from src.images import read_rgb, split_paths, to_pixels
-from src.utils import NFES, UserError, cached_array, tensor_to_pil_image
+from src.utils import NFES, tensor_to_pil_image
 
 # First noise seed of what a model, or its sampler, is chosen by: reports score those of 0, 1,000,000, ... and on.
 CHOOSING_SEED = 500_000

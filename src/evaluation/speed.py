@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from custom_model import create_custom_model
-from src.utils import NFES, UserError, load_model, pick_device
+from src.errors import UserError
+from src.utils import NFES, load_model, pick_device
 
 
 def seconds(work, device: torch.device, repeats: int) -> float:

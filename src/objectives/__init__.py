@@ -1,5 +1,6 @@
 """The training objectives, and how a stage of training is written: `name/option=value/...`, `name:share,name:share`."""
 
+from src.errors import UserError
 from src.objectives.adversarial import Adversarial
 from src.objectives.alpha_flow import AlphaFlow
 from src.objectives.consistency import Consistency
@@ -10,7 +11,6 @@ from src.objectives.progressive import Progressive
 from src.objectives.rectified_flow import RectifiedFlow, Reflow
 from src.objectives.shortcut import Shortcut
 from src.objectives.trajectory import Trajectory
-from src.utils import UserError
 
 OBJECTIVES = {
     "rectified_flow": RectifiedFlow,

@@ -7,10 +7,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from src.errors import UserError
 from src.objectives.contract import Nets, Objective, eval_mode, squared_error
 from src.objectives.critics import ConvCritic, EncoderCritic, augment, warp
 from src.objectives.rollout import in_turn, jump_times, sample_through, sampler_times
-from src.utils import UserError
 
 # Row by row, the NFE and which of its jumps the anchor holds. Six of eight rows have NFE 1, which has furthest to go,
 # one 2 and one 4, in the same sequence in each eight; each jump of an NFE comes as often as its others.

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from src.utils import UserError
+from src.errors import UserError
 
 
 class Nets(NamedTuple):

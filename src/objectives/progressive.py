@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from src.errors import UserError
 from src.objectives.contract import Nets
 from src.objectives.shortcut import Shortcut, must_be_power_of_two
-from src.utils import UserError
 
 
 @dataclass(eq=False)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from src.errors import UserError
 from src.objectives.contract import Nets, Objective, squared_error
-from src.utils import UserError
 
 
 @dataclass(eq=False)

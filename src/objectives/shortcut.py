@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from src.errors import UserError
 from src.objectives.contract import Nets
 from src.objectives.regression import JumpRegression, dyadic
-from src.utils import UserError
 
 
 @dataclass(eq=False)

@@ -4,12 +4,13 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from src.errors import UserError, one_line_errors
 from src.images import DATA_ROOT
 from src.submission import pack as packing
 from src.submission.base_code import bring
 from src.submission.check import Subject
 from src.training.export import DTYPES, TARGET, export
-from src.utils import UserError, one_line_errors, pick_device
+from src.utils import pick_device
 
 
 def base_code(args: argparse.Namespace) -> None:

@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from src.utils import UserError, replacing
+from src.errors import UserError
+from src.files import replacing
 
 REPOSITORY = "https://github.com/KAIST-Visual-AI-Group/Diffusion-2025-Image_Challenge"
 MANIFEST = json.loads((Path(__file__).parent / "base_code_sha256.json").read_text())

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from src.errors import UserError
 from src.evaluation.failures import nearest
 from src.evaluation.features import OFFICIAL
 from src.faces import write_dataset
@@ -22,7 +23,7 @@ from src.submission import environment
 from src.submission.base_code import LOADER
 from src.submission.contents import CONFIG, REQUIRED, WRITEUP, altered_files
 from src.training.export import TARGET
-from src.utils import NFES, UserError, tensor_to_pil_image
+from src.utils import NFES, tensor_to_pil_image
 from writeup.pages import keyword
 
 LIMIT = 256  # MiB: one float32 checkpoint of the network fits, two do not

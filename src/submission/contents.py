@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+from src.errors import UserError
+from src.files import write_json
 from src.submission.base_code import MANIFEST, faults, needed, sha256
 from src.training.export import TARGET
-from src.utils import NFES, UserError, objective_of, read_checkpoint, read_config, write_json
+from src.utils import NFES, objective_of, read_checkpoint, read_config
 
 SCRIPTS = ("custom_model.py", "train.py", "dataset.py", "sampling.py", "measure_fid.py")
 FROZEN = [name for name, official in MANIFEST.items() if official["frozen"]]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from src.errors import UserError
+from src.files import replacing
 from src.submission.check import CHECKS, Line, Subject, Submission
 from src.submission.contents import lay_out, write_manifest
 from src.training.export import TARGET
-from src.utils import UserError, replacing
 
 
 def check(subject: Subject, folder: Path, team: str) -> tuple[Submission, list[Line]]:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from src.errors import one_line_errors
 from src.training.ema import mix, rebuild
-from src.utils import one_line_errors, refuse_others_folder, save_weights, writing_checkpoint
+from src.utils import refuse_others_folder, save_weights, writing_checkpoint
 
 
 def write_average(args: argparse.Namespace) -> None:

@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from src.utils import UserError, read_checkpoint, save_model, writing_checkpoint
+from src.errors import UserError
+from src.utils import read_checkpoint, save_model, writing_checkpoint
 
 try:
     import fcntl

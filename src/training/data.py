@@ -8,8 +8,8 @@ from torch import Tensor
 from torchvision import transforms
 from tqdm import tqdm
 
+from src.files import cached_array
 from src.images import ensure_root, read_rgb, resized, split_paths
-from src.utils import cached_array
 
 
 def load_images(root: str, split_dir: str, size: int) -> tuple[np.ndarray, str]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from src.utils import UserError, pick_device
+from src.errors import UserError
+from src.utils import pick_device
 
 
 class World(NamedTuple):

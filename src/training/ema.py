@@ -11,8 +11,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from src.errors import UserError
 from src.quantise import restore_quantised
-from src.utils import UserError, objective_of, read_checkpoint, read_config, weights_of
+from src.utils import objective_of, read_checkpoint, read_config, weights_of
 
 
 class EMA:

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from src.errors import UserError
 from src.objectives.contract import Nets, Objective
 from src.training import fusing
 from src.training.data import batch_indices, to_batch
@@ -21,7 +22,7 @@ from src.training.ema import EMA, PowerEMA
 from src.training.muon import Muon
 from src.training.pairs import load_pairs
 from src.training.recipe import CITATIONS, Recipe, Stage
-from src.utils import UserError, has_bf16
+from src.utils import has_bf16
 
 
 class Loss(nn.Module):

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
+from src.errors import UserError
 from src.quantise import quantised, restore_quantised
 from src.training.record import parsed
-from src.utils import UserError, objective_of, read_checkpoint, read_config, save_weights, weights_of
+from src.utils import objective_of, read_checkpoint, read_config, save_weights, weights_of
 
 TARGET = Path("checkpoints/best_model.pt")
 CHOICES = ("best_model.pt", "final_model.pt", "last.ckpt")

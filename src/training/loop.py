@@ -13,13 +13,13 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
+from src.errors import UserError, on_stop
 from src.training.checkpoints import load_last
 from src.training.distributed import ALONE, World
 from src.training.engine import Training
 from src.training.recipe import FREE, Recipe, Stage, Teacher
 from src.training.record import early_preview
 from src.training.run_folder import RunFolder
-from src.utils import UserError, on_stop
 
 
 def train(

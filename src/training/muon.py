@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from src.utils import UserError
+from src.errors import UserError
 
 CITATIONS = ("jordan2024muon", "liu2025muon")  # keys of references.bib
 MOMENTUM = 0.95  # Jordan's

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from src.errors import UserError, on_stop
+from src.files import CACHE, replacing, write_json
 from src.objectives.contract import Objective, eval_mode, heun_step
 from src.training.distributed import ALONE, World
-from src.utils import CACHE, UserError, on_stop, replacing, weights_hash, write_json
+from src.utils import weights_hash
 
 PAIRS = "pairs.npy"
 CHUNK = 64  # pairs that are generated and written together

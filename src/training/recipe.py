@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from src.errors import UserError
 from src.objectives.contract import Objective
 from src.training import muon
 from src.training.distributed import World
-from src.utils import UserError
 
 
 @dataclass

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from src.utils import NFES, labelled_grid, replacing, tensor_to_pil_image, write_json
+from src.files import replacing, write_json
+from src.utils import NFES, labelled_grid, tensor_to_pil_image
 
 
 def environment(device: torch.device) -> dict:

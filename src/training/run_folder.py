@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from src.files import write_json
 from src.training.checkpoints import LAST, best_score, clear_leftovers, save_averages, save_last
 from src.training.engine import Training
 from src.training.recipe import Teacher, history
 from src.training.record import Metrics, RunRecord, environment, plot_curves, save_previews
-from src.utils import save_model, write_json
+from src.utils import save_model
 
 
 class RunFolder:
