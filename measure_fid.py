@@ -43,7 +43,8 @@ def parse_arguments() -> argparse.Namespace:
 def prepare_reference(data_root: str, split_dir: str, reference_dir: str) -> None:
     """Write the validation images unless they are there; UserError if the default folder is not whole."""
     if not Path(reference_dir).exists():
-        write_reference(SimpsonsDataModule(root=data_root, split_dir=split_dir).val_ds, reference_dir)
+        other = {} if Path(split_dir) == Path("data") else {"split_dir": split_dir}  # the official one knows no other
+        write_reference(SimpsonsDataModule(root=data_root, **other).val_ds, reference_dir)
     names = {path.name for path in image_files(reference_dir)}
     split = Path(split_dir) / "val_split.txt"
     if Path(reference_dir) == Path(REFERENCE) and split.is_file():

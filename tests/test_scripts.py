@@ -315,6 +315,16 @@ def test_measure_fid_takes_a_folders_name_as_it_is_and_keeps_each_ones_score(fid
     assert found["fid_results_b_samples_nfe=1"] != found["fid_results_samples_nfe=1"]
 
 
+def test_measure_fid_asks_nothing_of_the_official_dataset_that_it_lacks(fid_script, workdir, monkeypatch):
+    run, _ = fid_script
+    run("--output_path", "ours.json")
+    shutil.rmtree(workdir / "data/simpsons_64x64")
+    monkeypatch.setattr(measure_fid, "SimpsonsDataModule", lambda root: SimpsonsDataModule(root))
+    run()
+    scores = [json.loads((workdir / name).read_text())["fid_score"] for name in ("ours.json", "fid_results.json")]
+    assert scores[0] == scores[1]
+
+
 def test_measure_fid_scores_other_images_by_their_own_split(fid_script, workdir):
     run, _ = fid_script
     (workdir / "data").rename(workdir / "other")
