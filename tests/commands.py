@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -30,6 +31,21 @@ def run_here(cwd: Path, module: str, *arguments) -> subprocess.CompletedProcess:
         os.chdir(before)
         signal.signal(signal.SIGTERM, handler)
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def started(command: list[str], **options) -> Iterator[subprocess.Popen]:
+    """A process that goes on beside the test, and ends with it at the latest, as do those that it began."""
+    with subprocess.Popen(command, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(40)  # torchrun gives its processes 30 s
+                except subprocess.TimeoutExpired:
+                    process.kill()
 
 
 def run_to_the_end_here(command: list[str], stdout: int | None = None) -> None:

@@ -1,12 +1,24 @@
 import os
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from src.faces import write_dataset
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def same_beginning(monkeypatch):
+    """Whatever ran before, and whoever calls: the same random numbers, and no other repository for git."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")

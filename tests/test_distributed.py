@@ -1,5 +1,6 @@
 """Several processes through torchrun (gloo on the CPU)."""
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import started
 
 from src.errors import UserError
 from src.training.distributed import World, joined
@@ -19,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def torchrun(processes, cwd, env, script, *args):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    result = subprocess.run(
-        [*command, str(script), *map(str, args)], cwd=cwd, env={**env, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    return result
+    command += [str(script), *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with started(command, cwd=cwd, env={**env, "OMP_NUM_THREADS": "1"}, **pipes) as process:
+        told = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(command, process.returncode, *told)
 
 
 def test_two_processes_give_the_gradient_of_one(faces, workdir, script_env):
@@ -89,12 +91,12 @@ def test_a_signal_to_torchrun_saves_before_all_stop(faces, workdir, script_env):
                str(ROOT / "train.py"), "--data_root", str(faces), "--split_dir", str(faces), "--unet", "small",
                "--image_size", "32", "--device", "cpu", "--batch_size", "8", "--save_dir", "run",
                "--log_interval", "5"]  # fmt: skip
-    with (workdir / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=workdir, env={**script_env, "OMP_NUM_THREADS": "1"}, stderr=log)
-        metrics = workdir / "run/metrics.jsonl"
-        deadline = time.monotonic() + 120
+    metrics, env = workdir / "run/metrics.jsonl", {**script_env, "OMP_NUM_THREADS": "1"}
+    with (workdir / "log").open("w") as log, started(command, cwd=workdir, env=env, stderr=log) as process:
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
             time.sleep(0.1)
+        assert metrics.exists()
         process.terminate()
         assert process.wait(60) != 0
     assert "and saved: the same command with --save_dir run goes on" in (workdir / "log").read_text()
@@ -102,37 +104,45 @@ def test_a_signal_to_torchrun_saves_before_all_stop(faces, workdir, script_env):
 
 
 def test_a_fault_of_one_machine_is_told_there(faces, workdir, script_env):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    for port in range(29_600, 30_000):  # below those that are given to who asks for any
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            break
     command = [sys.executable, str(ROOT / "train.py"), "--unet", "small", "--image_size", "32", "--device", "cpu",
                "--batch_size", "4", "--save_dir", "run", "--data_root", str(faces), "--split_dir"]  # fmt: skip
-    processes = []
-    for rank, split in enumerate((faces, "nowhere")):  # as torchrun would on two machines, with one process each
-        (workdir / str(rank)).mkdir()
-        env = {**script_env, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2",
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-        processes.append(
-            subprocess.Popen(
-                [*command, str(split)], cwd=workdir / str(rank), env=env, stderr=subprocess.PIPE, text=True
-            )
-        )
-    try:
-        _, told = processes[1].communicate(timeout=120)
-    finally:
-        processes[0].kill()
-    assert processes[1].returncode == 1 and "error: no split file nowhere/train_split.txt" in told.splitlines()[-1]
+    with contextlib.ExitStack() as both:
+        processes = []
+        for rank, split in enumerate((faces, "nowhere")):  # as torchrun would on two machines, with one process each
+            (workdir / str(rank)).mkdir()
+            env = {**script_env, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+            options = {"cwd": workdir / str(rank), "env": env, "stderr": subprocess.PIPE}
+            processes.append(both.enter_context(started([*command, str(split)], **options)))
+        (_, other), (_, told) = (process.communicate(timeout=120) for process in processes)
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "error: no split file nowhere/train_split.txt" in told.splitlines()[-1] and "Traceback" not in other
+
+
+WORKER = """
+import atexit
+from src.errors import UserError
+from src.training.distributed import joined
+atexit.register(print, 'taken down')
+with joined('cpu') as (world, device):
+    print(f'rank {{world.rank}} {{world.any(world.rank == 1)}};', end='')
+    {then}
+"""
 
 
 def test_a_process_of_several_ends_at_once(workdir, script_env):
     """Taking the interpreter down beside gloo's threads aborted or hung now and then."""
-    (workdir / "worker.py").write_text(
-        "import atexit\nfrom src.training.distributed import joined\natexit.register(print, 'taken down')\n"
-        "with joined('cpu') as (world, device):\n    print('rank', world.rank, world.any(world.rank == 1), end=';')\n"
-    )
-    result = torchrun(2, workdir, script_env, workdir / "worker.py")
-    assert result.returncode == 0, result.stderr
-    assert sorted(result.stdout.split(";")) == ["", "rank 0 True", "rank 1 True"]
+    told = {"pass": "", "raise UserError('a fault')": "error: a fault", "1 / 0": "ZeroDivisionError: division by zero"}
+    for then, line in told.items():
+        (workdir / "worker.py").write_text(WORKER.format(then=then))
+        result = torchrun(2, workdir, script_env, workdir / "worker.py")
+        assert (result.returncode == 0) == (then == "pass"), result.stderr
+        assert not line or line in result.stderr.splitlines()
+        assert sorted(result.stdout.split(";")) == ["", "rank 0 True", "rank 1 True"]
 
 
 def test_a_rank_without_torchrun_is_one_line(monkeypatch):

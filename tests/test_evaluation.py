@@ -348,7 +348,9 @@ def test_a_network_that_did_not_come_whole_is_not_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(room, "OFFICIAL", tmp_path / "inception.pt")
     with HTTPServer(("127.0.0.1", 0), Broken) as server:
-        threading.Thread(target=server.handle_request).start()
+        server.timeout = 60
+        monkeypatch.setenv("no_proxy", "*")
+        threading.Thread(target=server.handle_request, daemon=True).start()
         monkeypatch.setattr(room, "inception_url", f"http://127.0.0.1:{server.server_port}/inception.pt")
         with pytest.raises(UserError, match=r"could not be downloaded \(100 of 1,000 bytes came\)"):
             room.official_inception()

@@ -12,6 +12,7 @@ import cleanfid.fid
 import numpy as np
 import pytest
 import torch
+from commands import started
 from PIL import Image
 from torchvision import transforms
 
@@ -194,13 +195,13 @@ def test_sigterm_ends_a_script_and_what_it_runs(workdir, script_env):
         "    run_to_the_end([sys.executable, 'inner.py'])\n"
     )
     scripts = {"inner.py", "outer.py"}
-    outer = subprocess.Popen([sys.executable, "outer.py"], env=script_env, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and {path.name for path in workdir.iterdir()} == scripts:
-        time.sleep(0.1)
-    assert len(list(workdir.iterdir())) == 3
-    outer.terminate()  # this process alone, not its group
-    _, told = outer.communicate(timeout=60)  # not before the inner one has ended, too, which has the same stderr
+    with started([sys.executable, "outer.py"], env=script_env, stderr=subprocess.PIPE) as outer:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and {path.name for path in workdir.iterdir()} == scripts:
+            time.sleep(0.1)
+        assert len(list(workdir.iterdir())) == 3
+        outer.terminate()  # this process alone, not its group
+        _, told = outer.communicate(timeout=60)  # not before the inner one has ended, too, which has the same stderr
     assert outer.returncode == 1 and told.split() == ["interrupted", "interrupted"]
     assert {path.name for path in workdir.iterdir()} == scripts
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import run_here
+from commands import run_here, started
 from operations import Operations
 from PIL import Image
 from toy import MLP, one_stage
@@ -184,13 +184,14 @@ def test_only_a_finished_model_of_the_challenges_kind_becomes_the_released_one(f
 def test_interrupted_run_saves_and_goes_on(faces, workdir, script_env):
     flags = ["--save_dir", "run", "--num_iterations", "100000", "--log_interval", "1"]
     command = [sys.executable, str(ROOT / "train.py"), "--data_root", str(faces), "--split_dir", str(faces), *SMALL]
-    process = subprocess.Popen([*command, *flags], cwd=workdir, env=script_env, stderr=subprocess.PIPE, text=True)
     metrics = workdir / "run/metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    options = {"cwd": workdir, "env": script_env, "stderr": subprocess.PIPE}
+    with started([*command, *flags], **options) as process:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            time.sleep(0.1)
+        process.terminate()
+        _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1 and "the same command with --save_dir run goes on" in stderr.splitlines()[-1]
     step = torch.load(workdir / "run/last.ckpt", weights_only=True)["training"]["step"]
     assert step >= 2

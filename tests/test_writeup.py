@@ -177,7 +177,8 @@ def test_a_run_that_goes_on_from_a_mixture_tells_of_it(project, faces):
 
 def test_a_run_of_other_objectives_is_told(project):
     def git(*command: str) -> str:
-        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *command]
+        settings = ("user.name=a", "user.email=a@b", "commit.gpgsign=false", "core.hooksPath=/dev/null")
+        command = ["git", *(part for one in settings for part in ("-c", one)), *command]
         return subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout.strip()
 
     told = "warning: run trained the objectives of commit"

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from src.errors import UserError
+from src.errors import UserError, on_stop
 
 
 def split_flags(reserved: list[str]) -> tuple[list[str], list[str]]:
@@ -34,13 +34,18 @@ def run_to_the_end(command: list[str], stdout: int | None = None) -> None:
         stdout: as `subprocess.Popen` takes it.
     Raises: UserError if it fails; KeyboardInterrupt once it has ended, if there was one.
     """
-    process, interrupted = subprocess.Popen(command, stdout=stdout), False
-    while process.poll() is None:
-        try:
-            process.wait()
-        except KeyboardInterrupt:
-            interrupted = True
+    process, interrupted = None, []
+
+    def stop(number, frame):
+        interrupted.append(number)
+        if process:
             process.terminate()  # SIGTERM reaches this process alone
+
+    with on_stop(stop):
+        process = subprocess.Popen(command, stdout=stdout)
+        if interrupted:
+            process.terminate()
+        process.wait()
     if interrupted:
         raise KeyboardInterrupt
     if process.returncode:

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from src.errors import UserError
+from src.errors import UserError, on_stop, one_line_errors
 from src.utils import pick_device
 
 
@@ -77,12 +79,20 @@ class World(NamedTuple):
 
     @contextmanager
     def one_a_machine_first(self) -> Iterator[None]:
-        """Run the body on one process of each machine before the others, which then find its files."""
-        if self.size > 1 and self.local_rank > 0:
-            dist.barrier(group=self.hosts)
-        yield
-        if self.size > 1 and self.local_rank == 0:
-            dist.barrier(group=self.hosts)
+        """Run the body on one process of each machine before the others, which then find its files.
+
+        All end if it fails on one.
+        """
+        if self.local_rank > 0 and self.any(False):
+            sys.exit(1)  # the machine's first process says why
+        try:
+            yield
+        except (UserError, OSError):
+            if self.local_rank == 0:
+                self.any(True)
+            raise
+        if self.local_rank == 0 and self.any(False):
+            sys.exit(1)
 
 
 ALONE = World()
@@ -93,7 +103,7 @@ def joined(device_name: str) -> Iterator[tuple[World, torch.device]]:
     """Join the other processes if `torchrun` started this one (gloo on CPUs, NCCL on GPUs).
 
     Yields this process's place among them and its device: under torchrun the GPU of its local rank. There the process
-    ends with the body: nothing after it runs.
+    ends with the body: nothing after it runs, and a user's error is told by the first process of each machine.
     """
     device = pick_device(device_name)
     if "RANK" not in os.environ:
@@ -110,16 +120,25 @@ def joined(device_name: str) -> Iterator[tuple[World, torch.device]]:
     # The others wait while rank 0 downloads, decodes, scores or saves.
     patience = timedelta(hours=6)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    code = 1
     try:
-        yield World(rank, local_rank, size, dist.new_group(backend="gloo", timeout=patience)), device
-    except UserError:
+        with one_line_errors():
+            yield World(rank, local_rank, size, dist.new_group(backend="gloo", timeout=patience)), device
+        # Not after an error: it may wait for processes that wait for this one. torchrun ends them.
+        dist.destroy_process_group()
+        code = 0
+    except SystemExit as told:  # a fault may be of one machine alone
+        if isinstance(told.code, int):
+            code = told.code
+        elif local_rank == 0:
+            print(told.code, file=sys.stderr)
         if local_rank > 0:
-            sys.exit(1)  # the machine's first process says why: a fault may be of one machine alone
-        raise
-    # Not after an error: it may wait for processes that wait for this one. torchrun ends them.
-    dist.destroy_process_group()
+            with on_stop(lambda number, frame: os._exit(code)):
+                time.sleep(2)  # torchrun ends all when one has ended: let the one that says why be the first
+    except Exception:
+        traceback.print_exc()
     # At once: an interpreter that is taken down beside gloo's threads, which may still let go of tensors, aborts or
     # hangs now and then (under load 5 of 400 ends; PyTorch's issue 190489).
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)

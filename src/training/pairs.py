@@ -67,8 +67,8 @@ def load_pairs(
     }
     folder = CACHE / f"pairs-{hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:16]}"
     missing = world.from_rank_0(lambda: _missing(folder, manifest))
-    if not (folder / "manifest.json").exists():
-        raise UserError(f"{folder} is not on this machine: several machines need one data/cache on a shared disk")
+    if world.any(not (folder / "manifest.json").exists()):
+        raise UserError(f"{folder} is not on all machines: several machines need one data/cache on a shared disk")
 
     def generated(indices: Iterable[int]) -> tuple[Tensor, Tensor]:
         own = [torch.Generator().manual_seed(manifest["first_noise"] + i) for i in indices]
