@@ -136,7 +136,12 @@ with joined('cpu') as (world, device):
 
 def test_a_process_of_several_ends_at_once(workdir, script_env):
     """Taking the interpreter down beside gloo's threads aborted or hung now and then."""
-    told = {"pass": "", "raise UserError('a fault')": "error: a fault", "1 / 0": "ZeroDivisionError: division by zero"}
+    told = {
+        "pass": "",
+        "raise UserError('a fault')": "error: a fault",
+        "if world.rank: raise OSError('no space')": "error: no space",
+        "1 / 0": "ZeroDivisionError: division by zero",
+    }
     for then, line in told.items():
         (workdir / "worker.py").write_text(WORKER.format(then=then))
         result = torchrun(2, workdir, script_env, workdir / "worker.py")

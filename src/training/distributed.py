@@ -123,14 +123,19 @@ def joined(device_name: str) -> Iterator[tuple[World, torch.device]]:
     code = 1
     try:
         with one_line_errors():
-            yield World(rank, local_rank, size, dist.new_group(backend="gloo", timeout=patience)), device
+            try:
+                yield World(rank, local_rank, size, dist.new_group(backend="gloo", timeout=patience)), device
+            except UserError:
+                if local_rank > 0:
+                    sys.exit(1)  # the machine's first process says why: a fault may be of one machine alone
+                raise
         # Not after an error: it may wait for processes that wait for this one. torchrun ends them.
         dist.destroy_process_group()
         code = 0
-    except SystemExit as told:  # a fault may be of one machine alone
+    except SystemExit as told:
         if isinstance(told.code, int):
             code = told.code
-        elif local_rank == 0:
+        else:
             print(told.code, file=sys.stderr)
         if local_rank > 0:
             with on_stop(lambda number, frame: os._exit(code)):
