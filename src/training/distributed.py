@@ -143,7 +143,7 @@ def joined(device_name: str) -> Iterator[tuple[World, torch.device]]:
     except Exception:
         traceback.print_exc()
     # At once: an interpreter that is taken down beside gloo's threads, which may still let go of tensors, aborts or
-    # hangs now and then (under load 5 of 400 ends; PyTorch's issue 190489).
+    # hangs now and then (beside other work 5 of 260 ends; PyTorch's issue 190489).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
