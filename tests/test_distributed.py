@@ -147,7 +147,9 @@ def test_a_process_of_several_ends_at_once(workdir, script_env):
         result = torchrun(2, workdir, script_env, workdir / "worker.py")
         assert (result.returncode == 0) == (then == "pass"), result.stderr
         assert not line or line in result.stderr.splitlines()
-        assert sorted(result.stdout.split(";")) == ["", "rank 0 True", "rank 1 True"]
+        assert "taken down" not in result.stdout
+        if then == "pass":  # otherwise torchrun ends one when the other has ended
+            assert sorted(result.stdout.split(";")) == ["", "rank 0 True", "rank 1 True"]
 
 
 def test_a_rank_without_torchrun_is_one_line(monkeypatch):

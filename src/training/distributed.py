@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from src.errors import UserError, on_stop, one_line_errors
+from src.errors import UserError, one_line_errors
 from src.utils import pick_device
 
 
@@ -138,12 +138,12 @@ def joined(device_name: str) -> Iterator[tuple[World, torch.device]]:
         else:
             print(told.code, file=sys.stderr)
         if local_rank > 0:
-            with on_stop(lambda number, frame: os._exit(code)):
-                time.sleep(2)  # torchrun ends all when one has ended: let the one that says why be the first
+            time.sleep(2)  # torchrun ends all when one has ended: let the one that says why be the first
     except Exception:
         traceback.print_exc()
-    # At once: an interpreter that is taken down beside gloo's threads, which may still let go of tensors, aborts or
-    # hangs now and then (beside other work 5 of 260 ends; PyTorch's issue 190489).
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    finally:
+        # At once: an interpreter that is taken down beside gloo's threads, which may still let go of tensors, aborts or
+        # hangs now and then (beside other work 5 of 260 ends; PyTorch's issue 190489).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
