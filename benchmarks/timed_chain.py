@@ -11,6 +11,7 @@ same command goes on from its last save, with the steps that were planned.
 import argparse
 import gc
 import json
+import os
 import shutil
 import sys
 import time
@@ -68,6 +69,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     ours, theirs = split_flags(OURS)
     args = parser.parse_args(ours)
+    if "RANK" in os.environ:
+        raise UserError("torchrun's processes end with the trial, the first of two runs: start it without torchrun")
     shares = parse_stages(args.stages)
     for name, _ in shares:
         if parse_objective(name)[0].pairs:

@@ -22,7 +22,10 @@ def split_paths(root: str | os.PathLike, split: str, split_dir: str | os.PathLik
             f"no split file {split_file}: fetch the official one with `python -m src.submission base-code`, "
             "or name another folder with --split_dir"
         )
-    lines = split_file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = split_file.read_text(encoding="utf-8-sig").splitlines()  # editors on Windows may begin with a mark
+    except UnicodeDecodeError:
+        raise UserError(f"{split_file} is not in UTF-8: save it so, or fetch it again") from None
     paths = [Path(root) / f"{name}.png" for name in filter(None, map(str.strip, lines))]
     if not paths:
         raise UserError(f"{split_file} names no image")
@@ -40,7 +43,7 @@ def read_rgb(path: Path) -> Image.Image:
     """Decode an image whole; UserError if it is damaged."""
     try:
         return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError) as error:  # a damaged PNG can raise either
+    except (OSError, SyntaxError, ValueError) as error:  # a damaged PNG can raise any of them
         raise UserError(f"cannot read the image {path} ({error}): replace it") from error
 
 

@@ -226,6 +226,9 @@ def test_timed_chain_fits_its_steps_to_the_time(workdir, monkeypatch):
     timed_chain.main()
     (again,) = (dict(zip(*[iter(arguments)] * 2, strict=True)) for arguments in calls)
     assert {key: again[f"--{key}"] for key in timed_chain.KEPT} == {key: chain[f"--{key}"] for key in timed_chain.KEPT}
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="start it without torchrun"):
+        patch.setenv("RANK", "0")
+        timed_chain.main()
 
     monkeypatch.setattr(sys, "argv", [part.replace("alpha_flow", "shortcut") for part in argv])
     with pytest.raises(UserError, match="run/chain trains alpha_flow, adversarial, not shortcut, adversarial"):

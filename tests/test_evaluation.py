@@ -469,3 +469,5 @@ def test_nothing_is_loaded_beside_where_shared_memory_is_small(monkeypatch, free
     monkeypatch.setattr(room.Path, "is_dir", lambda path: True)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     assert room.loading_workers(batch_size) == expected
+    monkeypatch.setattr(room.multiprocessing, "get_start_method", lambda: "spawn")
+    assert room.loading_workers(batch_size) == 0

@@ -23,7 +23,7 @@ from src.errors import UserError
 from src.evaluation.features import Features
 from src.evaluation.reference import write_reference
 from src.files import cached_array, replacing_folder, write_json
-from src.images import DATA_ROOT, split_paths
+from src.images import DATA_ROOT, read_rgb, split_paths
 from src.quantise import quantised
 from src.utils import load_model, save_model, seed_everything, tensor_to_pil_image
 
@@ -386,3 +386,15 @@ def test_a_download_that_was_interrupted_can_be_done_again(workdir):
         split_paths(DATA_ROOT, "train", ".")
     with pytest.raises(UserError, match="complete the folder, or name the split"):
         split_paths("elsewhere", "train", ".")
+
+
+def test_split_files_of_other_editors_and_damaged_images_are_read_or_named(workdir):
+    Image.new("RGB", (4, 4)).save("0.png")
+    Path("train_split.txt").write_bytes(b"\xef\xbb\xbf0\r\n")  # with a byte order mark
+    assert split_paths(".", "train", ".") == [Path("0.png")]
+    Path("train_split.txt").write_text("0\n", encoding="utf-16")
+    with pytest.raises(UserError, match="train_split.txt is not in UTF-8: save it so"):
+        split_paths(".", "train", ".")
+    Path("0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0\0\0\x02IHDR\0\0\0\0\0\0")  # a ValueError of Pillow's
+    with pytest.raises(UserError, match="cannot read the image 0.png"):
+        read_rgb(Path("0.png"))

@@ -1,5 +1,6 @@
 """The two-page write-up from run records."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -159,6 +160,17 @@ def test_a_model_of_an_early_stage_is_told_as_it_was_trained(project, faces):
     assert "second did not begin with the run named before it" in build(project, "twin", "second").stderr
     assert "is of another model than twin trained" in build(project, "twin", "--report", "run/report").stderr
     assert "second did not begin with the run named before it" in build(project, "run", "second", "second").stderr
+
+
+@pytest.mark.parametrize(
+    "stage, told",
+    [({"lr_decay_start": 5}, "0.0001"), ({"lr_decay_start": 4}, "0.0001, falling"), ({}, "0.0001"),
+     ({"lr_decay_start": 5, "options": {"steady": 0.5}}, "0.0001, falling")],
+)  # fmt: skip
+def test_a_rate_that_fell_is_told_so(stage, told, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "writeup"))  # as for a script
+    trained = {"objective": "shortcut", "steps": 5, "batch_size": 2, "lr": 1e-4, "citations": ["some"], **stage}
+    assert importlib.import_module("build").stages([trained], "\n  shortcut: ", {"some"})[0]["lr"] == told
 
 
 def test_a_run_that_goes_on_from_a_mixture_tells_of_it(project, faces):

@@ -8,6 +8,7 @@ The team's own words are in writeup/text.typ, which no build overwrites. Needs r
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -116,8 +117,9 @@ def early_samples(run: Path, folder: Path) -> list[dict]:
 
 
 def kinds(stages: list[dict]) -> list[dict]:
-    """The stages without how far they got, which a run's checkpoints differ in, and what their ends were mixed with."""
-    later = ("steps", "mixed", "citations")  # a mixture is cited as well
+    """The stages without how far they got, which a run's checkpoints differ in, what their ends were mixed with, and
+    what an older version did not tell."""
+    later = ("steps", "mixed", "citations", "lr_decay_start")  # a mixture is cited as well
     told = [{name: value for name, value in stage.items() if name not in later} for stage in stages]
     for stage in told:  # an older version told nothing of options that it did not have, whose effect is off
         stage["options"] = {name: value for name, value in stage.get("options", {}).items() if value is not False}
@@ -150,7 +152,8 @@ def stages(trained: list[dict], methods: str, known: set[str]) -> list[dict]:
         if not stage["citations"]:
             raise Fault(f"the objective {name} cites nothing: give it `citations`")
         check_keys(stage["citations"], known)
-        falls = ", falling" if stage.get("options", {}).get("steady", 1) < 1 else ""
+        decays = stage["steps"] > stage.get("lr_decay_start", math.inf)  # untold by an older version
+        falls = ", falling" if decays or stage.get("options", {}).get("steady", 1) < 1 else ""
         found.append(
             {
                 "name": name,

@@ -1,6 +1,7 @@
 """Inception features of image folders, through clean-fid's own loading and resizing."""
 
 import hashlib
+import multiprocessing
 import os
 import shutil
 import urllib.request
@@ -77,9 +78,12 @@ def load_features(path: str | os.PathLike, device: torch.device) -> Features:
 
 
 def loading_workers(batch_size: int) -> int:
-    """Processes that load images for clean-fid, at most four; none where the batches that they hold ready would not fit
-    into shared memory, of which a Docker container has 64 MB."""
+    """Processes that load images for clean-fid, at most four; none where they are not forked, as on macOS and Windows,
+    for clean-fid's data set cannot be pickled, nor where the batches that they hold ready would not fit into shared
+    memory, of which a Docker container has 64 MB."""
     workers, shared = min(4, os.cpu_count() or 1), Path("/dev/shm")
+    if multiprocessing.get_start_method() != "fork":
+        return 0
     ready = 2 * workers * batch_size * 4 * 3 * 299 * 299
     return 0 if shared.is_dir() and shutil.disk_usage(shared).free < ready else workers
 

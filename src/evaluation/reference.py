@@ -47,7 +47,7 @@ def image_files(folder: str | os.PathLike) -> list[Path]:
         try:
             with Image.open(path) as image:
                 image.load()
-        except (OSError, SyntaxError) as error:  # what Pillow raises for broken files
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
             raise UserError(f"{path} cannot be read ({error}): write it again") from error
         first = first or image.size
         if image.mode != "RGB" or image.size != first:

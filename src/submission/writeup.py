@@ -18,9 +18,9 @@ PARTS = {
     "technical details": r"technical|\bmethods?\b",
     "training details: loss curves": r"\bloss",
     # A number, or a word for one, then the unit, of a chip or not: 9 GPU·h, a 25-minute session, two days.
-    "training details: total training time": r"(\d|\b(half an?|one|two|three|four|five|six|seven|eight|nine|ten"
-    r"|eleven|twelve|fifteen|twenty|thirty|forty))[^\w.,;:()]*((gpu|device)s?[^\w.,;:()]*)?"
-    r"(h|hrs?|hours?|mins?|minutes?|days?)\b",
+    "training details: total training time": r"(\d|\b(an?|one|two|three|four|five|six|seven|eight|nine|ten"
+    r"|eleven|twelve|fifteen|sixteen|eighteen|twenty|thirty|forty))[^\w.,;:()]*((gpu|device)s?[^\w.,;:()]*)?"
+    r"(h|hrs?|hours?|mins?|minutes?|days?|seconds)\b",
     "qualitative evidence: samples from early training": r"\bearly\b",
     "citations": HEADING.pattern,
 }

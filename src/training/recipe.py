@@ -170,6 +170,7 @@ def history(stages: list[Stage], done: int, recipe: Recipe) -> list[dict]:
                     "steps": steps,
                     "batch_size": recipe.batch_size,
                     "lr": recipe.lr * objective.rate,
+                    "lr_decay_start": recipe.lr_decay_start,
                     "options": objective.options(),
                     "citations": [*objective.citations, *(muon.CITATIONS if objective.muon else ())],
                 }
