@@ -173,7 +173,7 @@ def start_from(path: str, model) -> tuple[Teacher, dict | None]:
     saved = read_checkpoint(path)
     origin, critic = saved.get("provenance", {}), saved.get("training", {}).get("critic")
     taught = origin.get("stages", unknown), origin.get("seed"), origin.get("data")
-    return Teacher(weights_hash(teacher)[:16], *taught), critic
+    return Teacher(weights_hash(teacher.state_dict())[:16], *taught), critic
 
 
 def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
@@ -252,6 +252,8 @@ def run(args: argparse.Namespace, world: World, device: torch.device) -> None:
     if done < recipe.num_iterations:
         print(f"--max_minutes ended it at iteration {done} of {recipe.num_iterations}: the same command goes on, "
               f"with --save_dir {save_dir}")  # fmt: skip
+    if done == 0:  # all of the session went into pairs
+        return
     challenges = args.unet == "full" and args.image_size == 64
     if default_dir and challenges and done == recipe.num_iterations and not TARGET.exists():
         print(f"{export(save_dir)} is now {TARGET}, which sampling.py takes by default")

@@ -228,8 +228,8 @@ def main() -> None:
         return {key: run[key] for key in nothing}  # the search costs no training
 
     # By content, not by name: another start at the same place is another measurement.
-    settings = {"start": weights_hash(start), "data": data_hash, "scores": [scorer.key for scorer in scorers]}
-    settings |= {"budget": args.budget, "extra": extra}
+    settings = {"start": weights_hash(start.state_dict()), "data": data_hash}
+    settings |= {"scores": [scorer.key for scorer in scorers], "budget": args.budget, "extra": extra}
     nothing = {"evaluations_a_sample": 0.0, "samples": 0, "hours": 0.0, "commits": [code_of(environment(device))]}
     rows = {"start": [measure(args.out / "start", Path(args.start), settings, lambda: nothing, scorers, device)]}
     grid = {"start": side_by_side(Path(args.start), device)}

@@ -146,10 +146,10 @@ def save_weights(
         write_json(config_path or Path(path).with_name("model_config.json"), model_config)
 
 
-def weights_hash(model: nn.Module) -> str:
-    """What tells this model's weights from all others: 64 hexadecimal digits."""
+def weights_hash(state: dict[str, Tensor]) -> str:
+    """What tells a model's weights from all others: 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

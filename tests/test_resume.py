@@ -27,7 +27,7 @@ from src.training.ema import PowerEMA, gamma_of, mix, rebuild
 from src.training.engine import Training
 from src.training.loop import train
 from src.training.recipe import Recipe
-from src.utils import load_model, read_checkpoint, save_model
+from src.utils import load_model, read_checkpoint, save_model, weights_hash
 
 STEPS = 60
 
@@ -83,7 +83,7 @@ def test_runs_killed_twenty_times_end_bitwise_equal_to_one_never_killed(faces, w
             kills += 1
         else:  # finished before twenty kills: start over
             assert process.exitcode == 0
-            for path in [*(workdir / "killed").glob("*.ckpt"), *(workdir / "killed").glob("*.pt")]:
+            for path in [*(workdir / "killed").glob("*.ckpt"), *(workdir / "killed").rglob("*.pt")]:
                 path.unlink()
         process.join()
     last = start("killed")
@@ -294,3 +294,44 @@ def test_a_mixture_lies_between_a_model_and_its_start(workdir, randomised):
     save_model(models[0], "start/other.pt", config, provenance={"stages": [critic]})
     with pytest.raises(UserError, match="end/final_model.pt was not trained from start/other.pt"):
         mix(Path("end/final_model.pt"), Path("start/other.pt"), 0.25)
+
+
+def test_a_model_is_mixed_with_what_it_went_on_from_alone(workdir, randomised):
+    config = {"unet": "small", "image_size": 32, "objective": "adversarial"}
+    data = {"hash": "some", "images": 9}
+    flow, critic = ({"objective": name, "steps": 9, "citations": []} for name in ("rectified_flow", "adversarial"))
+    network = create_custom_model(**config)
+
+    def saved(name: str, weights_seed: int, **provenance) -> dict:
+        weights = {key: value.clone() for key, value in randomised(network, weights_seed).state_dict().items()}
+        save_model(network, f"{name}/final_model.pt", config, provenance={"seed": 1, "data": data, **provenance})
+        return {"weights": weights_hash(weights)[:16], "stages": provenance["stages"], "seed": 1, "data": data}
+
+    def mixed(end: str, start: str) -> dict:
+        told = mix(Path(end, "final_model.pt"), Path(start, "final_model.pt"), 0.25)["provenance"]
+        return told["stages"][-1]["mixed"]
+
+    teacher = saved("teacher", 1, stages=[flow], teacher=None)
+    saved("twin", 2, stages=[flow], teacher=None)
+    taught = [flow, critic]
+    saved("taught", 3, stages=taught, teacher=teacher, seed=2)
+    halves = read_checkpoint("teacher/final_model.pt")
+    halves["state_dict"] = {name: value.half() for name, value in halves["state_dict"].items()}
+    torch.save(halves, "halves.pt")
+    of_halves = {name: value.float() for name, value in halves["state_dict"].items()}
+    saved("later", 4, stages=taught, teacher={**teacher, "weights": weights_hash(of_halves)[:16]})
+    assert mixed("taught", "teacher") == {"share": 0.25, "stages": 1}
+    assert mix(Path("later/final_model.pt"), Path("halves.pt"), 0.25)["state_dict"]
+    with pytest.raises(UserError, match="taught/final_model.pt was not trained from twin/final_model.pt"):
+        mixed("taught", "twin")
+    # Of one run, and of a run with another seed or data; one of them from before rates were told.
+    told = [{**flow, "lr_decay_start": 5}, {**critic, "lr_decay_start": 5}]
+    saved("end", 5, stages=told, teacher=None)
+    assert mixed("end", "teacher") == {"share": 0.25, "stages": 1}
+    for name, other in (("seed", 2), ("data", {"hash": "other", "images": 9})):
+        saved(name, 6, stages=[flow], teacher=None, **{name: other})
+        with pytest.raises(UserError, match=f"end/final_model.pt was not trained from {name}/final_model.pt"):
+            mixed("end", name)
+    # What came before the teacher's last stage, of which nobody told a seed.
+    saved("third", 7, stages=[*taught, critic], teacher={**teacher, "stages": taught})
+    assert mixed("third", "seed") == {"share": 0.25, "stages": 1}

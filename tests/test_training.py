@@ -40,7 +40,7 @@ from src.training.estimate import estimate
 from src.training.loop import train
 from src.training.recipe import Recipe, Teacher, plan
 from src.training.record import RunRecord, early_preview, environment, plot_curves
-from src.utils import has_bf16, load_model, save_model, tensor_to_pil_image
+from src.utils import has_bf16, load_model, read_checkpoint, save_model, tensor_to_pil_image
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--unet", "small", "--image_size", "32", "--device", "cpu", "--batch_size", "8", "--warmup", "2"]
@@ -142,17 +142,36 @@ def test_max_minutes_ends_the_run_with_a_final_model(faces, workdir):
     assert facts["stages"] == record["stages"]
 
 
-def test_max_minutes_end_while_pairs_are_generated(faces, workdir, monkeypatch):
+def test_max_minutes_end_while_pairs_are_generated(faces, workdir, monkeypatch, capsys):
     flags = ["--data_root", str(faces), "--split_dir", str(faces), "--save_dir", "run", "--max_minutes", "1e-6"]
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *FLOW_AND_PAIRS, *flags])
     train_py.main()
-    with pytest.raises(UserError, match="--max_minutes ended while generating pairs: the same command, with"):
-        train_py.main()
+    first = read_checkpoint("run/checkpoint_iter_1.pt")
+    for name in ("final_model.pt", "model_config.json"):  # as if an older session had written them, or none
+        Path("run", name).unlink()
+    train_py.main()
     assert len(list(Path("data/cache").glob("pairs-*/*.npy"))) == 1  # of two chunks
     sessions = json.loads(Path("run/run.json").read_text())["sessions"]
     assert [one["last_step"] for one in sessions] == [1, 1] and sessions[1]["seconds"] > 0
+    assert capsys.readouterr().out.count("--max_minutes ended it at iteration 1 of 2: the same command goes on") == 2
+    final, config = read_checkpoint("run/final_model.pt"), json.loads(Path("run/model_config.json").read_text())
+    assert all(torch.equal(value, first["state_dict"][name]) for name, value in final["state_dict"].items())
+    assert config["objective"] == "rectified_flow" == final["provenance"]["stages"][-1]["objective"]
     train_py.main()
     assert [stage["steps"] for stage in json.loads(Path("run/run.json").read_text())["stages"]] == [1, 1]
+
+
+def test_a_session_that_ends_in_its_first_pairs_has_no_model_yet(faces, workdir, monkeypatch, capsys, randomised):
+    config = {"unet": "small", "image_size": 32, "objective": "rectified_flow"}
+    save_model(randomised(create_custom_model(**config), 1), "teacher/final_model.pt", config)
+    command = ["train.py", *SMALL, "--data_root", str(faces), "--split_dir", str(faces), "--save_dir", "run"]
+    command += ["--objective", "reflow/pairs=100/solver=euler/solver_steps=1", "--num_iterations", "1"]
+    command += ["--teacher", "teacher/final_model.pt", "--max_minutes", "1e-6"]
+    monkeypatch.setattr(sys, "argv", command)
+    train_py.main()
+    assert not list(Path("run").glob("*.pt")) and "sampling.py" not in capsys.readouterr().out
+    train_py.main()
+    assert Path("run/final_model.pt").exists()
 
 
 def test_a_signal_while_a_stage_is_saved_ends_the_run_before_the_next_ones_pairs(faces, workdir, monkeypatch):
@@ -536,6 +555,20 @@ def test_scores_are_logged_and_the_best_model_kept(small_run):
         small_run(3)
 
 
+def test_a_finished_command_run_again_leaves_all_as_it_is(small_run, monkeypatch):
+    scored = {"evaluate": lambda model: {"ratio": 2.0}, "eval_interval": 2}
+    save_dir = small_run(2, **scored)
+    record = json.loads((save_dir / "run.json").read_text())
+    kept = {path: path.read_bytes() for path in save_dir.rglob("*") if path.is_file() and path.name != "run.json"}
+    monkeypatch.setattr(run_folder, "environment", lambda device: {"commit": "a later one"})
+    small_run(2, **scored)
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert json.loads((save_dir / "run.json").read_text()) == record
+    (save_dir / "final_model.pt").unlink()  # killed before it was written
+    small_run(2, **scored)
+    assert read_checkpoint(save_dir / "final_model.pt")["provenance"]["step"] == 2
+
+
 def test_a_finished_run_can_still_be_scored_once(small_run):
     save_dir = small_run(2)
     ratios = iter([2.0])
@@ -580,6 +613,10 @@ def test_models_without_a_checkpoint_to_go_on_from_are_not_replaced(small_run):
         assert {path: path.read_bytes() for path in kept} == kept
         del kept[save_dir / name]
         (save_dir / name).unlink()
+    shutil.copyfile(save_dir / "averages/2.pt", save_dir / "averages/4.pt")
+    with pytest.raises(UserError, match="run holds averages/2.pt, but no last.ckpt to go on from"):
+        small_run(1)  # whose averages these would be among
+    (save_dir / "averages/4.pt").unlink()
     small_run(1)
 
 
@@ -696,7 +733,7 @@ def test_a_full_disk_at_the_last_save_leaves_the_model(tiny_run, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UserError, match="is the disk full"):
         patch.setattr(run_folder, "save_last", full)
         tiny_run(2)
-    with pytest.raises(UserError, match="run holds final_model.pt, .* or move it away"):
+    with pytest.raises(UserError, match="run holds final_model.pt, .* or move the whole folder away"):
         tiny_run(2)
 
 
@@ -796,9 +833,16 @@ def test_early_previews_double_their_distance():
     assert [step for step in range(2000) if early_preview(step)] == [100, 200, 400, 800, 1600]
 
 
-def test_a_ratio_of_another_scorer_is_no_best(workdir):
+def test_a_best_model_of_another_scorer_is_not_replaced(tiny_run, workdir):
+    assert best_score(workdir, "any") == math.inf
     save_model(torch.nn.Linear(1, 1), "best_model.pt", {}, provenance={"ratio": 0.5, "scorer": "other"})
-    assert best_score(workdir, "other") == 0.5 and best_score(workdir, "this") == math.inf
+    assert best_score(workdir, "other") == 0.5
+    save_dir = tiny_run(1)
+    Path("best_model.pt").rename(save_dir / "best_model.pt")
+    kept = {path: path.read_bytes() for path in save_dir.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match="best_model.pt was chosen by other scores .other; now .* or move it away"):
+        tiny_run(2, evaluate=lambda model: {"ratio": 0.1}, eval_interval=1)
+    assert {path: path.read_bytes() for path in kept} == kept
 
 
 def test_learning_rate_warms_up_and_the_gradient_is_clipped(small_run, monkeypatch):

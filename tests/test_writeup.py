@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run_here
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from PIL import Image
 from pypdf import PdfReader
 
@@ -171,6 +173,21 @@ def test_a_rate_that_fell_is_told_so(stage, told, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "writeup"))  # as for a script
     trained = {"objective": "shortcut", "steps": 5, "batch_size": 2, "lr": 1e-4, "citations": ["some"], **stage}
     assert importlib.import_module("build").stages([trained], "\n  shortcut: ", {"some"})[0]["lr"] == told
+
+
+def test_the_loss_curve_ends_where_the_next_run_or_the_scored_model_took_over(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "writeup"))  # as for a script
+    stage = {"steps": 9, "batch_size": 2}
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        rows = [{"step": step, "images": 2 * step, "loss": 1.0, "stage": 0} for step in range(1, 10)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    taken = [{**stage, "steps": 3}], [{**stage, "steps": 3}, {**stage, "steps": 4}]
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **how: drawn.append(list(x)) or [Line2D([], [])])
+    runs, records = [tmp_path / "first", tmp_path / "second"], [{"teacher": None}, {"teacher": {"stages": taken[0]}}]
+    importlib.import_module("build").plot_losses(runs, records, taken[1], tmp_path / "loss.svg")
+    assert drawn[1::2] == [[2, 4, 6], [8, 10, 12, 14]]  # of smoothed and raw curves the raw
 
 
 def test_a_run_that_goes_on_from_a_mixture_tells_of_it(project, faces):

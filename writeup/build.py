@@ -69,16 +69,23 @@ def copied(source: Path, target: Path, remedy: str) -> None:
     shutil.copyfile(source, target)
 
 
-def plot_losses(runs: list[Path], records: list[dict], target: Path) -> None:
-    """Raw (faint) and smoothed loss against images seen, over all runs; lines where a stage ends."""
+def plot_losses(runs: list[Path], records: list[dict], scored: list[dict], target: Path) -> None:
+    """Raw (faint) and smoothed loss against images seen, over all runs; lines where a stage ends.
+
+    Of each run as far as the next one began, and of the last one as far as the `scored` model's stages go.
+    """
     figure = Figure(figsize=(3.6, 1.9), layout="constrained")
     axes = figure.subplots()
     seen, ends = 0, []
-    for run, record in zip(runs, records, strict=True):
+    taken = [*(record["teacher"]["stages"] for record in records[1:]), scored]
+    for run, record, stages in zip(runs, records, taken, strict=True):
+        own = stages[len(record["teacher"]["stages"]) if record["teacher"] else 0 :]
+        steps = sum(stage["steps"] for stage in own)
         path = run / "metrics.jsonl"
         if not path.is_file():
             raise Fault(f"the loss curve's {path} is missing: name a folder that train.py wrote")
         rows = [row for row in map(parsed, path.read_text().splitlines()) if row.get("loss") is not None]
+        rows = [row for row in rows if row["step"] <= steps]
         for stage in dict.fromkeys(row["stage"] for row in rows):
             points = [(seen + row["images"], row["loss"]) for row in rows if row["stage"] == stage]
             x, y = map(np.array, zip(*points, strict=True))
@@ -87,7 +94,7 @@ def plot_losses(runs: list[Path], records: list[dict], target: Path) -> None:
             (line,) = axes.plot(x[window - 1 :], smooth, linewidth=1)
             axes.plot(x, y, color=line.get_color(), alpha=0.25, linewidth=0.6)
             ends.append(x[-1])
-        seen += record["images_seen"]
+        seen += sum(stage["steps"] * stage["batch_size"] for stage in own)
     if not ends:
         raise Fault("no loss was logged: train longer than one --log_interval")
     for end in ends[:-1]:
@@ -288,7 +295,7 @@ def build(runs: list[Path], report: Path, target: Path) -> None:
         folder = Path(temporary)
         shutil.copytree(HERE, folder, dirs_exist_ok=True)  # the team's own figures too
         data["early"] = early_samples(runs[0], folder)
-        plot_losses(runs, records, folder / "loss.svg")
+        plot_losses(runs, records, scored["provenance"]["stages"], folder / "loss.svg")
         for name in ("samples.png", "farthest.png"):
             copied(report / name, folder / name, "write the report again")
         shutil.copyfile(BIBLIOGRAPHY, folder / "references.bib")

@@ -68,7 +68,7 @@ class Model:
         objective = self.net.objective  # it says what jumps are asked for
         code = [inspect.getsource(part) for part in (custom_model, draw_samples, type(objective).asked)]
         digest.update(repr([objective, *code]).encode())  # code that draws other samples
-        digest.update(weights_hash(self.net).encode())
+        digest.update(weights_hash(self.net.state_dict()).encode())
         self.key = digest.hexdigest()[:16]
         self.filtered: dict[tuple[int, int], np.ndarray] = {}  # a tenth of a second an image and core
 
@@ -155,7 +155,7 @@ def report(args) -> None:
 
     content = {
         "checkpoint": str(args.checkpoint),
-        "weights": weights_hash(model.net)[:16],
+        "weights": weights_hash(model.net.state_dict())[:16],
         "distance": features.distance,
         "features": features.key,
         "citations": list(CITATIONS),

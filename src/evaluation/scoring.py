@@ -118,10 +118,13 @@ class Scorer:
         self.features = load_features(features_path or official_inception(), device)
         self.device, self.count, self.seed = device, count, seed
         source = data_root, split_dir
-        self.reference = Data(*source, "val", size, self.features, device).features
-        some = Data(*source, "train", size, self.features, device, most=count).features
-        self.floor = frechet_distance(some, self.reference)
-        self.key = f"{self.features.key[:16]} {size} px, {count} samples, seed {seed}, floor {self.floor:.6g}"
+        val = Data(*source, "val", size, self.features, device)
+        some = Data(*source, "train", size, self.features, device, most=count)
+        self.reference = val.features
+        self.floor = frechet_distance(some.features, self.reference)
+        # Images by their pixels, which no chip computes: a run may go on elsewhere.
+        images = hashlib.sha256(val.pixels.tobytes() + some.pixels.tobytes()).hexdigest()[:16]
+        self.key = f"{self.features.key[:16]} {size} px, {count} samples, seed {seed}, images {images}"
 
     def __call__(self, model) -> dict[str, float]:
         """The distance at each NFE, and "ratio": their mean as a multiple of the floor."""

@@ -59,7 +59,7 @@ def inspect(task: dict, facts: dict) -> None:
     facts["provenance"] = saved.get("provenance", {})
     model = loader.load_model(task["checkpoint"], create_custom_model, "cpu", task["config"])
     facts["loaded"] = True
-    facts["weights"] = weights_hash(model)[:16]
+    facts["weights"] = weights_hash(model.state_dict())[:16]
     # As a report has both.
     settings = ("time_grids", "asking", "smoothing", "sharpening")
     facts["sampler"] = {name: getattr(model.scheduler, name, None) for name in settings}

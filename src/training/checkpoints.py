@@ -79,12 +79,15 @@ def load_last(save_dir: Path, identity: dict, defaults: dict[str, dict]) -> dict
         raise UserError(
             f"{save_dir} holds a model that was not trained there, whose files would be lost: choose another --save_dir"
         )
-    for name in ("final_model.pt", "best_model.pt"):
-        if (save_dir / name).exists():
-            raise UserError(
-                f"{save_dir} holds {name}, but no {LAST} to go on from: choose another --save_dir, or move it away to "
-                "train anew"
-            )
+    models = [name for name in ("final_model.pt", "best_model.pt") if (save_dir / name).exists()]
+    averages = sorted(path.name for path in save_dir.glob("averages/*.pt"))
+    if len(averages) > 1:  # a run that is killed in its first save may leave one
+        models += [f"averages/{name}" for name in averages]
+    if models:
+        raise UserError(
+            f"{save_dir} holds {models[0]}, but no {LAST} to go on from: choose another --save_dir, or move the whole "
+            "folder away to train anew"
+        )
     return None
 
 
@@ -116,10 +119,17 @@ def clear_leftovers(save_dir: Path) -> None:
 
 
 def best_score(save_dir: Path, scorer: str) -> float:
-    """The ratio of `best_model.pt`, if that was scored in the same way; else infinity: none yet."""
+    """The ratio of `best_model.pt`, infinity if there is none; UserError if it was scored in another way."""
     path = save_dir / "best_model.pt"
-    facts = read_checkpoint(path).get("provenance", {}) if path.exists() else {}
-    return facts["ratio"] if facts.get("scorer") == scorer else math.inf
+    if not path.exists():
+        return math.inf
+    facts = read_checkpoint(path).get("provenance", {})
+    if facts.get("scorer") != scorer:
+        raise UserError(
+            f"{path} was chosen by other scores ({facts.get('scorer')}; now {scorer}), which compare with none of "
+            "these: give the flags that it was scored with, or move it away"
+        )
+    return facts["ratio"]
 
 
 def save_averages(save_dir: Path, step: int, averages: dict[str, dict[str, Tensor]], **origin) -> None:

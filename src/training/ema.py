@@ -13,7 +13,7 @@ from torch import Tensor
 
 from src.errors import UserError
 from src.quantise import restore_quantised
-from src.utils import objective_of, read_checkpoint, read_config, weights_of
+from src.utils import objective_of, read_checkpoint, read_config, weights_hash, weights_of
 
 
 class EMA:
@@ -159,18 +159,19 @@ def mix(end: Path, start: Path, share: float) -> dict:
     states = [weights_of(checkpoint, path) for checkpoint, path in ((saved, end), (other, start))]
     for state in states:
         restore_quantised(state)
+        state.update({name: value.float() for name, value in state.items()})
     shapes = [{name: value.shape for name, value in state.items()} for state in states]
-    provenance = saved.get("provenance", {})
-    stages, begun = (checkpoint.get("provenance", {}).get("stages", []) for checkpoint in (saved, other))
-    if shapes[0] != shapes[1] or not 0 < len(begun) < len(stages) or stages[: len(begun)] != begun:
+    provenance, origin = (checkpoint.get("provenance", {}) for checkpoint in (saved, other))
+    if shapes[0] != shapes[1] or not _went_on_from(provenance, origin, weights_hash(states[1])):
         raise UserError(
             f"{end} was not trained from {start}: mix a model with the end of a stage that came before its last"
         )
+    stages = provenance["stages"]
     last = stages[-1]
     if "mixed" in last:
         raise UserError(f"{end} is a mixture already: name the model that it was made of")
     return {
-        "state_dict": {name: value.float().lerp(states[1][name].float(), share) for name, value in states[0].items()},
+        "state_dict": {name: value.lerp(states[1][name], share) for name, value in states[0].items()},
         "model_config": config | objective_of(saved),
         "provenance": {
             **provenance,
@@ -179,8 +180,24 @@ def mix(end: Path, start: Path, share: float) -> dict:
                 {
                     **last,
                     "citations": [*last["citations"], "wortsman2022robust"],
-                    "mixed": {"share": share, "stages": len(begun)},
+                    "mixed": {"share": share, "stages": len(origin["stages"])},
                 },
             ],
         },
     }
+
+
+def _went_on_from(end: dict, start: dict, weights: str) -> bool:
+    """Whether a model of the provenance `end` went on from one of the provenance `start` and with `weights` of this
+    hash, as far as they tell."""
+    # An older version did not tell when rates began to fall.
+    stages, begun = ([{**one, "lr_decay_start": None} for one in told.get("stages", [])] for told in (end, start))
+    if not 0 < len(begun) < len(stages) or stages[: len(begun)] != begun:
+        return False
+    if "teacher" not in end:  # of an older version
+        return True
+    taught = len(end["teacher"]["stages"]) if end["teacher"] else 0
+    if len(begun) == taught:  # what its run began with
+        return weights[:16] == end["teacher"]["weights"]
+    # An earlier model of its run; or, before its teacher, of one whose seed and data nobody told.
+    return len(begun) < taught or all(start.get(fact) == end[fact] for fact in ("seed", "data"))

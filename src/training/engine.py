@@ -229,6 +229,11 @@ class Training:
         return self.stages[self.index]
 
     @property
+    def last_trained(self) -> Stage:
+        """The stage of the last step, if there was one: whose the average's weights are."""
+        return self.stages[max(0, self.index - (self.age == 0))]
+
+    @property
     def age(self) -> int:
         """The steps of the stage that are done."""
         return self.steps - self.first_step
@@ -245,6 +250,7 @@ class Training:
         """One optimizer step, which reads nothing back from the device.
 
         Returns: the losses and logs of `accumulate_gradient`, and the gradient's norm before clipping.
+        Raises: TimeUp, before the step, if the session ends while pairs are made for it.
         """
         if self.at_end_of_stage() and self.index + 1 < len(self.stages):
             self.model.load_state_dict(self.ema.model.state_dict())

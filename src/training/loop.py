@@ -17,6 +17,7 @@ from src.errors import UserError, on_stop
 from src.training.checkpoints import load_last
 from src.training.distributed import ALONE, World
 from src.training.engine import Training
+from src.training.pairs import TimeUp
 from src.training.recipe import FREE, Recipe, Stage, Teacher
 from src.training.record import early_preview
 from src.training.run_folder import RunFolder
@@ -80,10 +81,16 @@ def train(
     with on_stop(lambda number, frame: received.append(number)), progress, ExitStack() as at_the_end:
         if folder:
             at_the_end.callback(folder.write_record)  # pairs may have taken all of a session, and ended it
-        finished = stopped = False
+        finished, stopped = world.any(folder is not None and folder.complete), False
         while not (finished or stopped):
             if step < recipe.num_iterations:
-                parts, norm = training.step()
+                try:
+                    parts, norm = training.step()
+                except TimeUp:  # the stage before is saved
+                    finished = True
+                    if folder and step:
+                        folder.export("final_model.pt")
+                    break
                 step = training.steps
                 for name, values in parts.items():
                     logs.setdefault(name, []).extend(values)

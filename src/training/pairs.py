@@ -22,8 +22,11 @@ from src.utils import weights_hash
 PAIRS = "pairs.npy"
 CHUNK = 64  # pairs that are generated and written together
 VERIFIED = 16  # pairs that are generated once more, to see whether they are the teacher's
-GOES_ON = "while generating pairs: the same command, with its --save_dir, goes on where they were"
 FIRST_NOISE = 2**31  # to 2**32, all that a generator tells apart: far from the seeds of samples that are scored
+
+
+class TimeUp(Exception):
+    """`--max_minutes` ended a session while pairs were made: what is missing of them, the next one makes."""
 
 
 @torch.no_grad()
@@ -54,11 +57,11 @@ def load_pairs(
     Args:
         objective: says `pairs`, `solver` and `solver_steps`.
         ends: when to stop, by `time.monotonic`; a chunk is made in any case.
-    Raises: UserError if they are stopped, or the pairs there are not what the teacher makes of their noise.
+    Raises: TimeUp; UserError if they are stopped, or the pairs there are not what the teacher makes of their noise.
     """
     count = objective.pairs
     manifest = {
-        "teacher": weights_hash(teacher),
+        "teacher": weights_hash(teacher.state_dict()),
         "solver": objective.solver,
         "steps": objective.solver_steps,
         "first_noise": FIRST_NOISE + seed * 1_000_003 % max(1, FIRST_NOISE - count),
@@ -78,7 +81,9 @@ def load_pairs(
     own = missing[world.rank :: world.size]
 
     def stop(number, frame):  # there is nothing to save
-        raise UserError(f"stopped {GOES_ON}")
+        raise UserError(
+            "stopped while generating pairs: the same command, with its --save_dir, goes on where they were"
+        )
 
     cut = False
     with on_stop(stop):
@@ -89,7 +94,7 @@ def load_pairs(
             with replacing(folder / f"{chunk}.npy") as temporary, temporary.open("wb") as file:
                 np.save(file, torch.stack(made).half().cpu().numpy())
         if world.any(cut):  # having waited for each other
-            raise UserError(f"--max_minutes ended {GOES_ON}")
+            raise TimeUp
         world.from_rank_0(lambda: _join(folder, (2, count, *shape)))
     noise, images = np.load(folder / PAIRS, mmap_mode="r")
     some = np.random.default_rng(seed).choice(count, min(VERIFIED, count), replace=False)

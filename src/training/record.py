@@ -44,13 +44,14 @@ class RunRecord:
     Args:
         surroundings: this session's, as `environment` tells them.
         facts: what holds for the whole run; of a resumed one, the newest.
+        complete: whether nothing was left to do; such a session is not told.
     """
 
-    def __init__(self, path: Path, step: int, surroundings: dict, processes: int, facts: dict):
+    def __init__(self, path: Path, step: int, surroundings: dict, processes: int, facts: dict, complete: bool = False):
         self.path = path
         earlier = json.loads(path.read_text())["sessions"] if path.exists() else []
         # A session that was killed trained steps that are trained again: they count in its time alone.
-        session = {
+        self.session = {
             "command": sys.argv,
             "environment": surroundings,
             "processes": processes,
@@ -60,15 +61,15 @@ class RunRecord:
             "last_step": step,
             "seconds": 0.0,
         }
-        commits = [one["environment"]["commit"] for one in (*earlier, session)]
-        if commits[-1] != commits[0]:
+        sessions = earlier if complete else [*earlier, self.session]
+        commits = [one["environment"]["commit"] for one in sessions]
+        if commits[-1:] != commits[:1]:
             print(f"warning: {path} began with commit {commits[0]} and goes on with {commits[-1]}", file=sys.stderr)
-        self.content = {**facts, "sessions": [*earlier, session]}
+        self.content = {**facts, "sessions": sessions}
         self.began = time.monotonic()
 
     def write(self, step: int, batch_size: int, facts: dict) -> None:
-        session = self.content["sessions"][-1]
-        session |= {"ended": _now(), "last_step": step, "seconds": round(time.monotonic() - self.began, 1)}
+        self.session |= {"ended": _now(), "last_step": step, "seconds": round(time.monotonic() - self.began, 1)}
         seconds = [one["seconds"] * one["processes"] for one in self.content["sessions"]]
         self.content |= facts
         self.content |= {"iterations": step, "images_seen": step * batch_size, "device_hours": sum(seconds) / 3600}

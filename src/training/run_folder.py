@@ -34,6 +34,8 @@ class RunFolder:
         evaluate: Callable[[nn.Module], dict[str, float]] | None,
         teacher: Teacher | None,
     ):
+        self.scorer = getattr(evaluate, "key", "")
+        self.best = best_score(path, self.scorer) if evaluate else math.inf  # may refuse: before anything is written
         self.path, self.training, self.evaluate, self.teacher = path, training, evaluate, teacher
         self.model_config, self.data_hash = model_config, data_hash
         self.surroundings = environment(training.model.device)
@@ -41,18 +43,18 @@ class RunFolder:
         write_json(path / "training_config.json", arguments)
         write_json(path / "model_config.json", self.config())
         self.metrics = Metrics(path / "metrics.jsonl", training.steps)
-        described = {
-            "arguments": arguments,
-            "model_config": self.config(),
-            "teacher": teacher and teacher._asdict(),
-        }
-        self.record = RunRecord(path / "run.json", training.steps, self.surroundings, training.world.size, described)
+        # Whether all was done before: a command that is run again leaves all models as they are.
+        scored = not evaluate or self.metrics.scored(training.steps)
+        ended = training.steps >= training.recipe.num_iterations
+        self.complete = ended and scored and (path / "final_model.pt").exists()
+        described = {"arguments": arguments, "model_config": self.config()}
+        self.record = RunRecord(
+            path / "run.json", training.steps, self.surroundings, training.world.size, described, self.complete
+        )
         self.write_record()
-        self.scorer = getattr(evaluate, "key", "")
-        self.best = best_score(path, self.scorer) if evaluate else math.inf
 
     def config(self) -> dict:
-        return {**self.model_config, "objective": self.training.stage.name}
+        return {**self.model_config, "objective": self.training.last_trained.name}
 
     def facts(self) -> dict:
         """What the weights come from, so far: what the run trained that they began in, and then this one."""
@@ -61,6 +63,7 @@ class RunFolder:
             "seed": training.recipe.seed,
             "data": {"hash": self.data_hash, "images": len(training.images)},
             "bf16": training.bf16,
+            "teacher": self.teacher and self.teacher._asdict(),
             "stages": [*taught, *history(training.stages, training.steps, training.recipe)],
             "citations": training.citations,
         }
