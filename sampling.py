@@ -28,12 +28,16 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-@torch.no_grad()
-def write_samples(model, folder: Path, nfe: int, num_samples: int, batch_size: int) -> None:
-    """Write `<index:04d>.png` into `folder`, replacing the images of an earlier call, whole or not at all."""
+def refuse_foreign(folder: Path) -> None:
+    """UserError if a folder that is to be replaced holds what no earlier call wrote."""
     foreign = [path.name for path in folder.glob("[!.]*") if not (path.suffix == ".png" and path.stem.isdigit())]
     if foreign:
         raise UserError(f"{folder} holds {foreign[0]}, which sampling did not write: choose another --save_dir")
+
+
+@torch.no_grad()
+def write_samples(model, folder: Path, nfe: int, num_samples: int, batch_size: int) -> None:
+    """Write `<index:04d>.png` into `folder`, replacing the images of an earlier call, whole or not at all."""
     with replacing_folder(folder) as partial, tqdm(total=num_samples, desc=f"NFE={nfe}", unit="image") as progress:
         while progress.n < num_samples:
             count = min(batch_size, num_samples - progress.n)
@@ -47,14 +51,16 @@ def write_samples(model, folder: Path, nfe: int, num_samples: int, batch_size: i
 def main() -> None:
     args = parse_arguments()
     device = pick_device(args.device)
+    folders = [Path(args.save_dir) / f"nfe={nfe}" for nfe in args.nfe_list]
+    for folder in folders:  # before hours of the first NFEs
+        refuse_foreign(folder)
     # Seeded before the model is built: its initialisation draws from the same generator as the noise, and
     # so do earlier batches and NFEs. The images depend on all of that, as the challenge's do.
     seed_everything(args.seed)
     model = load_model(args.ckpt_path, create_custom_model, str(device), args.config_path)
     model.eval()
     print(f"{args.ckpt_path}: {args.num_samples} images for each NFE of {args.nfe_list} on {device}, seed {args.seed}")
-    for nfe in args.nfe_list:
-        folder = Path(args.save_dir) / f"nfe={nfe}"
+    for nfe, folder in zip(args.nfe_list, folders, strict=True):
         write_samples(model, folder, nfe, args.num_samples, args.batch_size)
         print(f"saved to {folder}")
 

@@ -35,13 +35,16 @@ def seed_everything(seed: int) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name, or the CPU where there is no CUDA."""
+    """The device of that name, or the CPU where there is no CUDA. A GPU with a number is the current one from then on,
+    which is what PyTorch asks about bfloat16, and where it keeps pinned memory."""
     try:
         device = torch.device(name if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
         raise UserError(f"no device {name!r}: {str(error).splitlines()[0]}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"no device {name!r}: this machine has {torch.cuda.device_count()} GPUs, from cuda:0 on")
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

@@ -28,7 +28,7 @@ from src.evaluation.__main__ import main
 from src.evaluation.distances import frechet_distance
 from src.evaluation.reference import write_reference
 from src.evaluation.sampler import choose_strength, save_chosen, search_grid, search_strength
-from src.evaluation.scoring import Scorer, image_features
+from src.evaluation.scoring import Data, Scorer, image_features
 from src.filters import blurred
 from src.images import to_pixels
 from src.objectives import make_objective
@@ -424,6 +424,22 @@ def test_scores_in_memory_are_those_of_the_written_folders(folders, faces, tiny_
     mean = sum(scores[f"FD[tiny] NFE {nfe}"] for nfe in (1, 2, 4)) / 3
     assert scores["ratio"] == pytest.approx(mean / scores["floor"])
     assert scorer(model) == scores  # always from the same noise
+
+    shutil.copyfile(faces / "val_split.txt", folders / "val_split.txt")
+    shutil.copyfile(faces / "val_split.txt", folders / "train_split.txt")
+    with pytest.raises(UserError, match="the validation images are the training images"):
+        Scorer(str(faces), str(folders), 32, 24, str(tiny_network), device, seed=9)
+
+
+def test_scores_download_the_faces_too(workdir, monkeypatch):
+    asked = []
+    monkeypatch.setitem(sys.modules, "kagglehub", SimpleNamespace(dataset_download=asked.append))
+    monkeypatch.setattr(sys, "argv", ["src.evaluation", "reference", "--out", "val"])
+    with pytest.raises(UserError, match="downloaded the faces to None, but .* is still missing"):
+        main()
+    with pytest.raises(UserError, match="downloaded the faces to None, but .* is still missing"):
+        Data("nowhere", "data", "val", 64, None, torch.device("cpu"))
+    assert asked == ["kostastokis/simpsons-faces"] * 2
 
 
 def test_pytorch_fid_is_matched_on_its_own_features(shared, monkeypatch):

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from commands import run_here, run_to_the_end_here
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import train as train_py
 from custom_model import create_custom_model
 from src.errors import UserError
+from src.evaluation import page
 from src.evaluation.__main__ import main
 from src.evaluation.compare import differences, plot_distances
 from src.evaluation.distances import frechet_distance, kernel_distance, manifold_scores
@@ -417,3 +419,17 @@ def test_a_refusal_is_one_line(runs, faces):
     result = evaluation(runs, "compare", "run1", "absent", *flags)
     assert result.returncode == 1 and result.stderr.startswith("error: no checkpoint at absent")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_sweep_tells_nfes_with_settings_of_their_own_from_others(monkeypatch):
+    """A line through both would tell of the settings, not of network calls."""
+    drawn = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, *y, **how: drawn.append(list(x)) or plot(axes, x, *y, **how))
+    content = {"distance": "FD", "floor": {"frechet": 1.0}, "sweep": {"1": 9.0, "2": 5.0, "3": 7.0, "8": 4.0}}
+    for settings, told in (
+        ({"smoothing": {}, "time_grids": {}}, [[1, 2, 3, 8]]),
+        ({"smoothing": {1: 0.1}, "time_grids": {2: [1, 0.5, 0]}}, [[3, 8], [1, 2]]),
+    ):
+        drawn.clear()
+        assert page._plot_sweep(content | {"sampler": settings}).startswith(b"\x89PNG") and drawn == told

@@ -105,6 +105,9 @@ def test_runs_killed_twenty_times_end_bitwise_equal_to_one_never_killed(faces, w
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(faces, workdir, capsys):
     run(str(faces), "run", 10)
     last = workdir / "run/last.ckpt"
+    last.unlink()
+    run(str(faces), "run", 10)
+    assert "warning: run holds no last.ckpt; going on from run/previous.ckpt instead" in capsys.readouterr().err
     for damage in (lambda: last.write_bytes(last.read_bytes()[:5000]), lambda: torch.save({"state_dict": {}}, last)):
         damage()
         run(str(faces), "run", 12)
@@ -255,9 +258,10 @@ def test_half_written_averages_are_cleared(tmp_path):
     (tmp_path / "averages").mkdir()
     for name in (".last.ckpt.1.tmp", "averages/.10.pt.1.tmp", "averages/10.pt", "last.ckpt"):
         (tmp_path / name).touch()
-    clear_leftovers(tmp_path)
-    held = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
-    assert held == ["averages/10.pt", "last.ckpt"]
+    for anew, kept in ((False, ["averages/10.pt", "last.ckpt"]), (True, ["last.ckpt"])):
+        clear_leftovers(tmp_path, anew)
+        held = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+        assert held == kept
 
 
 def test_a_mixture_lies_between_a_model_and_its_start(workdir, randomised):
@@ -328,6 +332,13 @@ def test_a_model_is_mixed_with_what_it_went_on_from_alone(workdir, randomised):
     told = [{**flow, "lr_decay_start": 5}, {**critic, "lr_decay_start": 5}]
     saved("end", 5, stages=told, teacher=None)
     assert mixed("end", "teacher") == {"share": 0.25, "stages": 1}
+    end_told = [{**flow, "options": {"muon": False}}, critic]  # of a run that went on with a later version
+    saved("longer", 5, stages=end_told, teacher=None)
+    assert mixed("longer", "teacher") == {"share": 0.25, "stages": 1}
+    saved("elsewhere", 6, stages=taught, teacher={**teacher, "weights": "others"})
+    saved("both", 6, stages=[*taught, critic], teacher=teacher)
+    with pytest.raises(UserError, match="both/final_model.pt was not trained from elsewhere/final_model.pt"):
+        mixed("both", "elsewhere")  # another teacher, but for its weights the same
     for name, other in (("seed", 2), ("data", {"hash": "other", "images": 9})):
         saved(name, 6, stages=[flow], teacher=None, **{name: other})
         with pytest.raises(UserError, match=f"end/final_model.pt was not trained from {name}/final_model.pt"):

@@ -25,7 +25,7 @@ from src.evaluation.reference import write_reference
 from src.files import cached_array, replacing_folder, write_json
 from src.images import DATA_ROOT, read_rgb, split_paths
 from src.quantise import quantised
-from src.utils import load_model, save_model, seed_everything, tensor_to_pil_image
+from src.utils import load_model, pick_device, save_model, seed_everything, tensor_to_pil_image
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"model_type": "CustomGenerativeModel", "objective": "shortcut", "unet": "small"}
@@ -96,6 +96,20 @@ def test_sampling_replaces_its_own_images_and_nothing_else(checkpoint, workdir, 
     (folder / "notes.txt").write_text("mine")
     result = sampling(workdir, script_env, *flags, "2")
     assert result.returncode == 1 and "notes.txt" in result.stderr and (folder / "notes.txt").exists()
+    flags[2:3] = ["--nfe_list", "3", "1"]
+    result = sampling(workdir, script_env, *flags, "2")  # before anything is drawn
+    assert result.returncode == 1 and "notes.txt" in result.stderr and not (workdir / "samples/nfe=3").exists()
+
+
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert [str(pick_device(name)) for name in ("cuda", "cpu", "cuda:1")] == ["cuda", "cpu", "cuda:1"]
+    assert current == [torch.device("cuda:1")]
+    with pytest.raises(UserError, match="no device 'cuda:2': this machine has 2 GPUs"):
+        pick_device("cuda:2")
 
 
 def in_eight_bits_without(run: Path, name: str) -> None:

@@ -564,16 +564,23 @@ def test_a_finished_command_run_again_leaves_all_as_it_is(small_run, monkeypatch
     small_run(2, **scored)
     assert {path: path.read_bytes() for path in kept} == kept
     assert json.loads((save_dir / "run.json").read_text()) == record
-    (save_dir / "final_model.pt").unlink()  # killed before it was written
-    small_run(2, **scored)
-    assert read_checkpoint(save_dir / "final_model.pt")["provenance"]["step"] == 2
+    final = save_dir / "final_model.pt"
+    older = read_checkpoint(final)
+    older["provenance"]["step"] = 1  # of a session that ended early; the last was killed before it wrote this
+    for spoil in (final.unlink, lambda: torch.save(older, final), lambda: final.write_bytes(b"half")):
+        spoil()
+        small_run(2, **scored)
+        assert read_checkpoint(final)["provenance"]["step"] == 2
 
 
 def test_a_finished_run_can_still_be_scored_once(small_run):
     save_dir = small_run(2)
+    kept = {path: path.read_bytes() for path in save_dir.glob("*.*t")}  # models and checkpoints
+    assert {path.suffix for path in kept} == {".pt", ".ckpt"}
     ratios = iter([2.0])
     for _ in range(2):
         small_run(2, evaluate=lambda model: {"ratio": next(ratios)}, eval_interval=5)
+    assert {path: path.read_bytes() for path in kept} == kept
     assert torch.load(save_dir / "best_model.pt", weights_only=True)["provenance"]["step"] == 2
 
 
@@ -613,11 +620,12 @@ def test_models_without_a_checkpoint_to_go_on_from_are_not_replaced(small_run):
         assert {path: path.read_bytes() for path in kept} == kept
         del kept[save_dir / name]
         (save_dir / name).unlink()
-    shutil.copyfile(save_dir / "averages/2.pt", save_dir / "averages/4.pt")
-    with pytest.raises(UserError, match="run holds averages/2.pt, but no last.ckpt to go on from"):
-        small_run(1)  # whose averages these would be among
-    (save_dir / "averages/4.pt").unlink()
+    shutil.copyfile(save_dir / "checkpoint_iter_2.pt", save_dir / "checkpoint_iter_4.pt")
+    with pytest.raises(UserError, match="run holds checkpoint_iter_4.pt, but no last.ckpt to go on from"):
+        small_run(1)
+    (save_dir / "checkpoint_iter_4.pt").unlink()  # one is left if the first save is killed
     small_run(1)
+    assert [path.name for path in (save_dir / "averages").iterdir()] == ["1.pt"]
 
 
 def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(small_run):
@@ -843,6 +851,17 @@ def test_a_best_model_of_another_scorer_is_not_replaced(tiny_run, workdir):
     with pytest.raises(UserError, match="best_model.pt was chosen by other scores .other; now .* or move it away"):
         tiny_run(2, evaluate=lambda model: {"ratio": 0.1}, eval_interval=1)
     assert {path: path.read_bytes() for path in kept} == kept
+    save_model(torch.nn.Linear(1, 1), "best_model.pt", {}, provenance={"ratio": 0.5, "scorer": "seed 1, floor 2"})
+    assert best_score(workdir, "seed 1, images some") == 0.5  # an older version's, with the same flags
+    with pytest.raises(UserError, match="chosen by other scores .seed 1; now seed 2"):
+        best_score(workdir, "seed 2, images some")
+
+
+def test_a_best_model_that_was_moved_away_is_chosen_anew(tiny_run):
+    for ratio in (1.0, 2.0):
+        save_dir = tiny_run(2, evaluate=lambda model, ratio=ratio: {"ratio": ratio}, eval_interval=2)
+        assert read_checkpoint(save_dir / "best_model.pt")["provenance"]["ratio"] == ratio
+        (save_dir / "best_model.pt").unlink()
 
 
 def test_learning_rate_warms_up_and_the_gradient_is_clipped(small_run, monkeypatch):

@@ -14,7 +14,7 @@ from src.evaluation.report import SWEEP, report
 from src.evaluation.sampler import choose_grids, choose_strength
 from src.evaluation.scoring import CHOOSING_SEED
 from src.evaluation.speed import speed
-from src.images import DATA_ROOT, read_rgb, split_paths, to_pixels
+from src.images import DATA_ROOT, ensure_root, read_rgb, split_paths, to_pixels
 from src.utils import NFES, pick_device
 
 FEATURES = "TorchScript network; left out, the official Inception network, for the FID"
@@ -33,6 +33,7 @@ def score(args: argparse.Namespace) -> None:
 def reference(args: argparse.Namespace) -> None:
     if args.size < 1:
         raise UserError(f"--size {args.size}: at least 1 pixel")
+    ensure_root(args.data_root)
     images = [read_rgb(path) for path in split_paths(args.data_root, args.split, args.split_dir)]
     write_reference(list(map(to_pixels(args.size), images)), args.out)
 

@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import platform
 import shutil
 import urllib.request
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from src.errors import UserError
 from src.evaluation.reference import image_files
 from src.files import cached_array, replacing
 
-OFFICIAL = Path("/tmp/inception-2015-12-05.pt")  # where clean-fid keeps, and looks for, its network
+# Where clean-fid keeps, and looks for, its network.
+OFFICIAL = Path("." if platform.system() == "Windows" else "/tmp", "inception-2015-12-05.pt")
 # What the Fréchet distance of a network's features is called, by the SHA-256 of its file. FID: the official one's.
 DISTANCES = {
     "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4": "FID",

@@ -69,7 +69,10 @@ def write_page(folder: Path, content: dict, figures: Figures) -> None:
         f"{content['validation images']:,} validation images; "
         f"{content['training images']:,} training images; features {content['features'][:16]}, "
         f"weights {content['weights']}"
+        + "".join(f"; {name} at NFE {_listed(by_nfe)}" for name, by_nfe in content["sampler"].items() if by_nfe)
     )
+    tuned = ", ".join(map(str, _tuned(content)))
+    apart = f" NFE {tuned}: with settings that were searched for them alone; the others without." if tuned else ""
     keys = list(content["nfe"])
     title = html.escape("/".join(Path(content["checkpoint"]).parts[-2:]))
     grids = "".join(
@@ -83,7 +86,7 @@ def write_page(folder: Path, content: dict, figures: Figures) -> None:
         "<h2>Samples</h2>"
         f"<label>NFE {', '.join(keys)} <input id=nfe type=range min=0 max={len(keys) - 1} value=0></label>{grids}",
         "<h2>Quality against network calls</h2>",
-        _figure(_uri(plots["sweep"]), f"{name} of one sampling seed; the line is the floor.", plot=True),
+        _figure(_uri(plots["sweep"]), f"{name} of one sampling seed; the dashed line is the floor.{apart}", plot=True),
         "<h2>Sample size</h2>",
         _figure(
             _uri(plots["limit"]),
@@ -218,10 +221,24 @@ def _drawn(figure, axes) -> bytes:
     return buffer.getvalue()
 
 
+def _listed(by_nfe: dict) -> str:
+    return ", ".join(f"{nfe} ({value if isinstance(value, list) else f'{value:g}'})" for nfe, value in by_nfe.items())
+
+
+def _tuned(content: dict) -> list[int]:
+    """The NFEs of the sweep for which the sampler has settings of their own."""
+    settings = {int(nfe) for by_nfe in content["sampler"].values() for nfe in by_nfe or {}}
+    return [nfe for nfe in map(int, content["sweep"]) if nfe in settings]
+
+
 def _plot_sweep(content: dict) -> bytes:
     figure, axes = _axes(xlabel="NFE", ylabel=content["distance"], xscale="log", yscale="log")
-    nfes = [int(nfe) for nfe in content["sweep"]]
-    axes.plot(nfes, list(content["sweep"].values()), "o-")
+    found = {int(nfe): distance for nfe, distance in content["sweep"].items()}
+    nfes, tuned = list(found), _tuned(content)
+    plain = [nfe for nfe in nfes if nfe not in tuned]
+    for some, marks, label in ((plain, "o-", "without"), (tuned, "s", "with settings of their own")):
+        if some:  # apart: a line through both would tell of the settings, not of calls
+            axes.plot(some, [found[nfe] for nfe in some], marks, label=label if tuned else None)
     axes.set_xticks(nfes, [str(nfe) for nfe in nfes])
     axes.minorticks_off()
     axes.axhline(content["floor"]["frechet"], color="#808080", linestyle="--")

@@ -20,7 +20,7 @@ from src.evaluation.failures import copies, failure_rates, nearest, variety
 from src.evaluation.features import Features, load_features, official_inception
 from src.evaluation.intervals import at_infinity, mean_interval
 from src.evaluation.page import Figures, write_page
-from src.evaluation.scoring import Data, draw_samples, evenly, kept_features
+from src.evaluation.scoring import Data, draw_samples, evenly, floor_of, kept_features
 from src.files import cached_array, replacing, write_json
 from src.utils import (
     NFES,
@@ -151,7 +151,7 @@ def report(args) -> None:
     size = model.net.image_size
     train, val = (Data(args.data_root, args.split_dir, split, size, features, device) for split in ("train", "val"))
     chosen = evenly(len(train.pixels), args.samples)
-    floor = frechet_distance(train.features[chosen], val.features)
+    floor = floor_of(train.features[chosen], val.features)
 
     content = {
         "checkpoint": str(args.checkpoint),

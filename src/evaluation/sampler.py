@@ -161,8 +161,10 @@ def choose_strength(
         found = search_strength(name, model, nfe, training, count, seed)
         best = min(found, key=found.get)
         chosen[str(nfe)] = best or None
+        strongest = (min if name == "asking" else max)(SETTINGS[name][1])
+        beyond = ": the strongest tried, the best may lie beyond" if best == strongest else ""
         distances = f"{network.distance} to training images {found[best]:.4f}, without {found[0.0]:.4f}"
-        print(f"NFE {nfe}: {strength} {best:g}, {distances}")
+        print(f"NFE {nfe}: {strength} {best:g}, {distances}{beyond}")
     save_chosen(checkpoint, out, name, chosen)
 
 

@@ -16,7 +16,7 @@ from src.errors import UserError
 from src.evaluation.distances import frechet_distance
 from src.evaluation.features import Features, load_features, official_inception
 from src.files import cached_array
-from src.images import read_rgb, split_paths, to_pixels
+from src.images import ensure_root, read_rgb, split_paths, to_pixels
 from src.utils import NFES, tensor_to_pil_image
 
 # First noise seed of what a model, or its sampler, is chosen by: reports score those of 0, 1,000,000, ... and on.
@@ -63,6 +63,8 @@ def evenly(count: int, most: int) -> np.ndarray:
 class Data:
     """A split's images as the model should make them: `pixels`, uint8 [N, H, W, 3], and `features`, [N, D].
 
+    Downloads the images if their folder is missing.
+
     Args:
         most: take so many at most, evenly from the split; None: all.
     """
@@ -78,6 +80,7 @@ class Data:
         most: int | None = None,
     ):
         pixels = to_pixels(size)
+        ensure_root(data_root)
         paths = split_paths(data_root, split, split_dir)
         if len(paths) < 8:
             raise UserError(f"the {split} split has {len(paths)} images: scores need at least 8")
@@ -93,6 +96,14 @@ class Data:
         mirrored = np.ascontiguousarray(self.pixels[:, :, ::-1])
         features = kept_features(mirrored, self.network, self.device)
         return np.concatenate([self.pixels, mirrored]), np.concatenate([self.features, features])
+
+
+def floor_of(train: np.ndarray, val: np.ndarray) -> float:
+    """The Fréchet distance of training images' features to those of validation images; UserError if it is none."""
+    floor = frechet_distance(train, val)
+    if not floor > 1e-6:
+        raise UserError("the validation images are the training images, by their features: name another split")
+    return floor
 
 
 class Scorer:
@@ -121,7 +132,7 @@ class Scorer:
         val = Data(*source, "val", size, self.features, device)
         some = Data(*source, "train", size, self.features, device, most=count)
         self.reference = val.features
-        self.floor = frechet_distance(some.features, self.reference)
+        self.floor = floor_of(some.features, self.reference)
         # Images by their pixels, which no chip computes: a run may go on elsewhere.
         images = hashlib.sha256(val.pixels.tobytes() + some.pixels.tobytes()).hexdigest()[:16]
         self.key = f"{self.features.key[:16]} {size} px, {count} samples, seed {seed}, images {images}"

@@ -70,6 +70,8 @@ def load_last(save_dir: Path, identity: dict, defaults: dict[str, dict]) -> dict
             faults.append(str(fault))
             continue
         _refuse_changes(path, checkpoint["training"]["identity"], identity, defaults)
+        if path.name == PREVIOUS and not faults:
+            faults = [f"{save_dir} holds no {LAST}"]
         for fault in faults:
             print(f"warning: {fault}; going on from {path} instead", file=sys.stderr)
         return checkpoint
@@ -80,10 +82,8 @@ def load_last(save_dir: Path, identity: dict, defaults: dict[str, dict]) -> dict
             f"{save_dir} holds a model that was not trained there, whose files would be lost: choose another --save_dir"
         )
     models = [name for name in ("final_model.pt", "best_model.pt") if (save_dir / name).exists()]
-    averages = sorted(path.name for path in save_dir.glob("averages/*.pt"))
-    if len(averages) > 1:  # a run that is killed in its first save may leave one
-        models += [f"averages/{name}" for name in averages]
-    if models:
+    saved = sorted(path.name for path in save_dir.glob("checkpoint_iter_*.pt"))
+    if models := models or saved[1:]:  # one is left by a run that is killed in its first save
         raise UserError(
             f"{save_dir} holds {models[0]}, but no {LAST} to go on from: choose another --save_dir, or move the whole "
             "folder away to train anew"
@@ -111,9 +111,14 @@ def _refuse_changes(path: Path, before: dict, now: dict, defaults: dict[str, dic
         raise UserError(f"{path} belongs to another run ({'; '.join(changed)}): choose another --save_dir")
 
 
-def clear_leftovers(save_dir: Path) -> None:
-    """Delete what a process that was killed while writing to a run's folder left, this training or `ema`."""
-    for path in [*save_dir.glob(".*.tmp"), *save_dir.glob("averages/.*.tmp")]:
+def clear_leftovers(save_dir: Path, anew: bool) -> None:
+    """Delete what a process that was killed while writing to a run's folder left, this training or `ema`.
+
+    Args:
+        anew: whether the run begins: then no averages are its own.
+    """
+    averages = [*save_dir.glob("averages/.*.tmp"), *(save_dir.glob("averages/*.pt") if anew else [])]
+    for path in [*save_dir.glob(".*.tmp"), *averages]:
         if path.is_file():  # a killed sampling.py leaves a folder, which harms nothing
             path.unlink()
 
@@ -124,12 +129,23 @@ def best_score(save_dir: Path, scorer: str) -> float:
     if not path.exists():
         return math.inf
     facts = read_checkpoint(path).get("provenance", {})
-    if facts.get("scorer") != scorer:
+    before, now = facts.get("scorer", "not told"), scorer
+    if ", floor " in before:  # an older version, which told of the images by the floor
+        before, now = before.split(", floor ")[0], now.split(", images ")[0]
+    if before != now:
         raise UserError(
-            f"{path} was chosen by other scores ({facts.get('scorer')}; now {scorer}), which compare with none of "
-            "these: give the flags that it was scored with, or move it away"
+            f"{path} was chosen by other scores ({before}; now {now}), which compare with none of these: give the "
+            "flags that it was scored with, or move it away"
         )
     return facts["ratio"]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of its run that a checkpoint is of; 0 if it does not tell, -1 if it is damaged or missing."""
+    try:
+        return read_checkpoint(checkpoint).get("provenance", {}).get("step", 0)
+    except UserError:
+        return -1
 
 
 def save_averages(save_dir: Path, step: int, averages: dict[str, dict[str, Tensor]], **origin) -> None:

@@ -116,7 +116,6 @@ def joined(device_name: str) -> Iterator[tuple[World, torch.device]]:
         raise UserError(f"{fault} ({error}): start with torchrun, or unset it") from None
     if device.type == "cuda":
         device = pick_device(f"cuda:{local_rank}")
-        torch.cuda.set_device(device)
     # The others wait while rank 0 downloads, decodes, scores or saves.
     patience = timedelta(hours=6)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)

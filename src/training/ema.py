@@ -164,7 +164,8 @@ def mix(end: Path, start: Path, share: float) -> dict:
     provenance, origin = (checkpoint.get("provenance", {}) for checkpoint in (saved, other))
     if shapes[0] != shapes[1] or not _went_on_from(provenance, origin, weights_hash(states[1])):
         raise UserError(
-            f"{end} was not trained from {start}: mix a model with the end of a stage that came before its last"
+            f"{end} was not trained from {start}: mix a model with the end of a stage that came before its last, or "
+            "with the very file that its run began with"
         )
     stages = provenance["stages"]
     last = stages[-1]
@@ -190,9 +191,8 @@ def mix(end: Path, start: Path, share: float) -> dict:
 def _went_on_from(end: dict, start: dict, weights: str) -> bool:
     """Whether a model of the provenance `end` went on from one of the provenance `start` and with `weights` of this
     hash, as far as they tell."""
-    # An older version did not tell when rates began to fall.
-    stages, begun = ([{**one, "lr_decay_start": None} for one in told.get("stages", [])] for told in (end, start))
-    if not 0 < len(begun) < len(stages) or stages[: len(begun)] != begun:
+    stages, begun = end.get("stages", []), start.get("stages", [])
+    if not (0 < len(begun) < len(stages) and all(map(_one_stage, begun, stages))):
         return False
     if "teacher" not in end:  # of an older version
         return True
@@ -200,4 +200,13 @@ def _went_on_from(end: dict, start: dict, weights: str) -> bool:
     if len(begun) == taught:  # what its run began with
         return weights[:16] == end["teacher"]["weights"]
     # An earlier model of its run; or, before its teacher, of one whose seed and data nobody told.
-    return len(begun) < taught or all(start.get(fact) == end[fact] for fact in ("seed", "data"))
+    return len(begun) < taught or all(start.get(fact, end[fact]) == end[fact] for fact in ("seed", "data", "teacher"))
+
+
+def _one_stage(one: dict, other: dict) -> bool:
+    """Whether both tell of one stage, of which older versions told less."""
+    untold = {"citations"} | ({"lr_decay_start"} - (one.keys() & other.keys()))
+    kept = [{name: value for name, value in stage.items() if name not in untold} for stage in (one, other)]
+    for stage in kept:  # nothing of options that they did not have, whose effect is off
+        stage["options"] = {name: value for name, value in stage.get("options", {}).items() if value is not False}
+    return kept[0] == kept[1]

@@ -7,6 +7,7 @@ import torch
 
 from src.errors import UserError
 from src.quantise import quantised, restore_quantised
+from src.training.checkpoints import step_of
 from src.training.record import parsed
 from src.utils import objective_of, read_checkpoint, read_config, save_weights, weights_of
 
@@ -75,14 +76,6 @@ def choose(run: Path) -> str:
         told = f"{run}/{furthest} is further by {left} steps, never scored: --checkpoint {furthest} takes it"
         print(f"warning: {told}", file=sys.stderr)
     return best
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step of its run that a checkpoint is of; 0 if it does not tell, -1 if it is damaged."""
-    try:
-        return read_checkpoint(checkpoint).get("provenance", {}).get("step", 0)
-    except UserError:
-        return -1
 
 
 def refuse_other_config(target: Path, config: dict) -> None:

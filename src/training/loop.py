@@ -52,7 +52,7 @@ def train(
         critic: weights that the first stage's critic, if it has one, begins with.
     Returns: the steps that are done; fewer than planned if `max_minutes` ended the session.
     Raises: UserError if the loss is no longer finite, the run is stopped by a signal (after saving), or the
-        checkpoints in `save_dir` are damaged or another run's (which is left as it is).
+        checkpoints in `save_dir` are damaged, another run's or chosen by other scores (and are left as they are).
     """
     training = Training(model, images, recipe, stages, world)
     identity = _identity(model_config, data_hash, recipe, stages, teacher)
@@ -70,8 +70,12 @@ def train(
         )
 
     folder = None
-    if world.rank == 0:
+
+    def open_folder() -> None:
+        nonlocal folder
         folder = RunFolder(save_dir, training, arguments, model_config, data_hash, evaluate, teacher)
+
+    world.from_rank_0(open_folder)  # its refusals end all processes
 
     logs: dict[str, list[Tensor]] = {}
     step = interval_start = training.steps
@@ -81,7 +85,9 @@ def train(
     with on_stop(lambda number, frame: received.append(number)), progress, ExitStack() as at_the_end:
         if folder:
             at_the_end.callback(folder.write_record)  # pairs may have taken all of a session, and ended it
-        finished, stopped = world.any(folder is not None and folder.complete), False
+        finished, stopped = world.any(folder is not None and folder.ended), False
+        if folder and folder.ended and evaluate:
+            folder.score()
         while not (finished or stopped):
             if step < recipe.num_iterations:
                 try:

@@ -44,12 +44,12 @@ class RunRecord:
     Args:
         surroundings: this session's, as `environment` tells them.
         facts: what holds for the whole run; of a resumed one, the newest.
-        complete: whether nothing was left to do; such a session is not told.
+        ended: whether nothing was left to train; such a session is not told, nor changes what was.
     """
 
-    def __init__(self, path: Path, step: int, surroundings: dict, processes: int, facts: dict, complete: bool = False):
+    def __init__(self, path: Path, step: int, surroundings: dict, processes: int, facts: dict, ended: bool = False):
         self.path = path
-        earlier = json.loads(path.read_text())["sessions"] if path.exists() else []
+        before = json.loads(path.read_text()) if path.exists() else {"sessions": []}
         # A session that was killed trained steps that are trained again: they count in its time alone.
         self.session = {
             "command": sys.argv,
@@ -61,11 +61,12 @@ class RunRecord:
             "last_step": step,
             "seconds": 0.0,
         }
-        sessions = earlier if complete else [*earlier, self.session]
+        sessions = before["sessions"] if ended else [*before["sessions"], self.session]
         commits = [one["environment"]["commit"] for one in sessions]
         if commits[-1:] != commits[:1]:
             print(f"warning: {path} began with commit {commits[0]} and goes on with {commits[-1]}", file=sys.stderr)
         self.content = {**facts, "sessions": sessions}
+        self.kept = before if ended else {}
         self.began = time.monotonic()
 
     def write(self, step: int, batch_size: int, facts: dict) -> None:
@@ -73,6 +74,7 @@ class RunRecord:
         seconds = [one["seconds"] * one["processes"] for one in self.content["sessions"]]
         self.content |= facts
         self.content |= {"iterations": step, "images_seen": step * batch_size, "device_hours": sum(seconds) / 3600}
+        self.content |= self.kept  # all but what an older version did not tell
         write_json(self.path, self.content)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from src.files import write_json
-from src.training.checkpoints import LAST, best_score, clear_leftovers, save_averages, save_last
+from src.training.checkpoints import LAST, best_score, clear_leftovers, save_averages, save_last, step_of
 from src.training.engine import Training
 from src.training.recipe import Teacher, history
 from src.training.record import Metrics, RunRecord, environment, plot_curves, save_previews
@@ -35,21 +35,21 @@ class RunFolder:
         teacher: Teacher | None,
     ):
         self.scorer = getattr(evaluate, "key", "")
-        self.best = best_score(path, self.scorer) if evaluate else math.inf  # may refuse: before anything is written
+        self.best = best_score(path, self.scorer) if evaluate else math.inf  # before anything is written
         self.path, self.training, self.evaluate, self.teacher = path, training, evaluate, teacher
         self.model_config, self.data_hash = model_config, data_hash
         self.surroundings = environment(training.model.device)
-        clear_leftovers(path)
-        write_json(path / "training_config.json", arguments)
+        clear_leftovers(path, anew=training.steps == 0)
+        # Whether all was trained before: a command that is run again leaves models and records as they are.
+        final = path / "final_model.pt"
+        self.ended = training.steps >= training.recipe.num_iterations and step_of(final) == training.steps
+        if not self.ended:
+            write_json(path / "training_config.json", arguments)
         write_json(path / "model_config.json", self.config())
         self.metrics = Metrics(path / "metrics.jsonl", training.steps)
-        # Whether all was done before: a command that is run again leaves all models as they are.
-        scored = not evaluate or self.metrics.scored(training.steps)
-        ended = training.steps >= training.recipe.num_iterations
-        self.complete = ended and scored and (path / "final_model.pt").exists()
         described = {"arguments": arguments, "model_config": self.config()}
         self.record = RunRecord(
-            path / "run.json", training.steps, self.surroundings, training.world.size, described, self.complete
+            path / "run.json", training.steps, self.surroundings, training.world.size, described, self.ended
         )
         self.write_record()
 
@@ -99,7 +99,7 @@ class RunFolder:
     def score(self) -> None:
         """Score the average, unless it was at this step, and keep it if it is the best so far."""
         steps = self.training.steps
-        if self.metrics.scored(steps):
+        if self.metrics.scored(steps) and self.best < math.inf:  # or the best was moved away, to score in another way
             return
         with torch.compiler.set_stance("force_eager"):  # its batches have other shapes
             scores = self.evaluate(self.training.ema.model)
