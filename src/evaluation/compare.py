@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from src.errors import UserError
@@ -16,6 +15,7 @@ from src.evaluation.distances import frechet_distance
 from src.evaluation.features import load_features, official_inception
 from src.evaluation.intervals import mean_interval
 from src.evaluation.launch import refuse_flags, run_to_the_end
+from src.evaluation.page import numbered
 from src.evaluation.report import Data, Model, check_counts
 from src.files import replacing, write_json
 from src.images import split_paths
@@ -161,16 +161,9 @@ def plot_distances(
         means, halves = zip(*found.values(), strict=True)
         axes.errorbar(list(found), means, yerr=halves, fmt="o-", capsize=3, label=name)
     axes.axhline(floor, color="grey", linestyle="--", label="training images")
-    axes.set(xscale="log", yscale="log", xlabel="network calls an image (NFE)")
+    axes.set_xlabel("network calls an image (NFE)")
     axes.set_ylabel(f"{distance} (mean and 95 % interval over {over})" if over else distance, fontsize="small")
-    axes.set_xticks(nfes, nfes)
-    axes.minorticks_off()
-    low, high = axes.get_ylim()
-    ticks = [tick for scale in (0.1, 1, 10, 100) for tick in (scale, 2 * scale, 5 * scale) if low <= tick <= high]
-    if len(ticks) < 2:
-        ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
-    axes.set_yticks(ticks)
-    axes.yaxis.set_major_formatter("{x:g}")
+    numbered(axes, nfes)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     with replacing(path) as temporary:

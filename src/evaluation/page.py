@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from src.files import replacing
@@ -232,17 +233,29 @@ def _tuned(content: dict) -> list[int]:
 
 
 def _plot_sweep(content: dict) -> bytes:
-    figure, axes = _axes(xlabel="NFE", ylabel=content["distance"], xscale="log", yscale="log")
+    figure, axes = _axes(xlabel="NFE", ylabel=content["distance"])
     found = {int(nfe): distance for nfe, distance in content["sweep"].items()}
     nfes, tuned = list(found), _tuned(content)
     plain = [nfe for nfe in nfes if nfe not in tuned]
-    for some, marks, label in ((plain, "o-", "without"), (tuned, "s", "with settings of their own")):
+    for some, marks, label in ((plain, "o-", "without settings"), (tuned, "s", "with settings of their own")):
         if some:  # apart: a line through both would tell of the settings, not of calls
             axes.plot(some, [found[nfe] for nfe in some], marks, label=label if tuned else None)
-    axes.set_xticks(nfes, [str(nfe) for nfe in nfes])
-    axes.minorticks_off()
     axes.axhline(content["floor"]["frechet"], color="#808080", linestyle="--")
+    numbered(axes, nfes)
     return _drawn(figure, axes)
+
+
+def numbered(axes, nfes: list[int]) -> None:
+    """Scale both axes of a plot of distances against NFE by logarithms, and number them, however narrow they are."""
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(nfes, nfes)
+    axes.minorticks_off()
+    low, high = axes.get_ylim()
+    ticks = [tick for scale in (0.1, 1, 10, 100) for tick in (scale, 2 * scale, 5 * scale) if low <= tick <= high]
+    if len(ticks) < 2:
+        ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+    axes.set_yticks(ticks)
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _plot_limit(content: dict) -> bytes:
