@@ -19,10 +19,11 @@ from toy import MLP, distances, one_stage, train_on_mixture
 from custom_model import TIME_SAMPLINGS, CustomGenerativeModel, CustomScheduler, create_custom_model
 from src.errors import UserError
 from src.evaluation.report import CITATIONS as SCORES
-from src.objectives import OBJECTIVES, make_objective, parse_objective, parse_stages
+from src.objectives import OBJECTIVES, drifting, make_objective, parse_objective, parse_stages
 from src.objectives.adversarial import DRAWN, WOBBLE, feature_gap, octave_noise, wobble
 from src.objectives.contract import Nets
 from src.objectives.critics import ConvCritic, augment, warp
+from src.objectives.drifting import drift
 from src.objectives.rollout import in_turn, roll_out, sample_through
 from src.training import engine, fusing, muon, run_folder
 from src.training.data import load_images
@@ -44,8 +45,9 @@ VARIANTS = {
     "distribution_matching/told=true": "rectified_flow:0.5,distribution_matching/told=true:0.5",
     "adversarial/critic=conv": "rectified_flow:0.8,adversarial/critic=conv/augmented=false:0.2",
 }
-del VARIANTS["progressive"], VARIANTS["adversarial"]
-ALONE = [*VARIANTS, "adversarial", "adversarial/warped=0.25"]  # the encoder is a U-Net's, which the mixture has not
+del VARIANTS["progressive"], VARIANTS["adversarial"], VARIANTS["drifting"]
+# The encoder is a U-Net's, which the mixture has not.
+ALONE = [*VARIANTS, "adversarial", "adversarial/warped=0.25", "drifting"]
 FEW_STEP = [name for name in VARIANTS if name != "rectified_flow"]
 
 
@@ -94,7 +96,8 @@ def losses_of(objective, nets, shape):
 def test_loss_and_gradients_are_finite(name, model):
     data, noise = batch()
     nets = nets_of(model)
-    targets = [nets.teacher, nets.ema] if name != "trajectory" else [nets.teacher]  # which goes through the EMA's jump
+    # The gradient does go through the EMA's jump, and through the teacher's features.
+    targets = {"trajectory": [nets.teacher], "drifting": [nets.ema]}.get(name, [nets.teacher, nets.ema])
     for other in targets:  # so that they could have a gradient
         other.requires_grad_(True)
     for loss_function, trained, draw in losses_of(model.objective, nets, data.shape):
@@ -351,7 +354,9 @@ def test_images_do_not_depend_on_batch_size(model):
         torch.testing.assert_close(alone, image, rtol=1e-4, atol=1e-4)
 
 
-def test_accumulation_does_not_change_the_gradient(model):
+def test_accumulation_does_not_change_the_gradient(name, model):
+    if name == "drifting":
+        pytest.skip("a slice's samples drift among one another")
     model.eval()  # dropout's masks do depend on the slices
     nets = nets_of(model)
     data, noise = batch(16)
@@ -601,7 +606,7 @@ class Known(torch.nn.Module):
     def __init__(self, scale):
         super().__init__()
         self.scale, self.scheduler = torch.nn.Parameter(torch.tensor(scale)), CustomScheduler(16)
-        self.modes = []
+        self.network, self.modes = torch.nn.Identity(), []
 
     def predict(self, x, t, d=None):
         self.modes.append(self.training)
@@ -748,6 +753,106 @@ def test_a_trajectorys_loss_is_its_formula():
     torch.testing.assert_close(logs["loss_flow"], flow.detach())
     loss.sum().backward()
     assert student.scale.grad != 0
+
+
+def drift_in_loops(x, y):
+    """As the paper's equations 8 and 11 and appendix A.6 have it, number by number, of one place: [N, D], [M, D]."""
+    n, m, d = len(x), len(y), x.shape[1]
+    deviation = ((y - y.mean(0)) ** 2).mean(0).sqrt()
+    x, y = x / deviation, y / deviation
+    pairs = [(a - b).norm() for a in x for b in y]
+    pairs += [(x[i] - x[j]).norm() for i in range(n) for j in range(n) if i != j]
+    scale = sum(pairs) / len(pairs) / d**0.5
+    x, y = x / scale, y / scale
+    total = torch.zeros_like(x)
+    for tau in (0.02, 0.05, 0.2):
+        v = torch.zeros_like(x)
+        for i in range(n):
+            near = [(-(x[i] - y[j]).norm() / (tau * d**0.5)).exp() for j in range(m)]
+            far = [(-(x[i] - x[j]).norm() / (tau * d**0.5)).exp() if j != i else 0.0 for j in range(n)]
+            v[i] += sum(k * (other - x[i]) for k, other in zip(near, y, strict=True)) / sum(near)
+            v[i] -= sum(k * (other - x[i]) for k, other in zip(far, x, strict=True)) / sum(far)
+        total += v / (v.square().sum(1) / d).mean().sqrt()
+    return scale * deviation, total
+
+
+def test_drift_is_its_formula_also_under_autocast():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, generator=generator, dtype=torch.float64) + 101
+    y = torch.randn(7, 3, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 2.0, 9.0]) + 100
+    expected = drift_in_loops(x, y)
+    for found, wanted in zip(drift(x[None], y[None]), expected, strict=True):
+        torch.testing.assert_close(found.squeeze(0).squeeze(0), wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, v = drift(x[None].float(), y[None].float())
+    torch.testing.assert_close(v[0], expected[1].float(), rtol=1e-3, atol=1e-3)
+
+
+def test_points_drift_to_the_data_in_all_its_parts():
+    generator = torch.Generator().manual_seed(0)
+
+    def faces():
+        y = torch.randn(1, 64, 2, generator=generator)
+        y[0, :16] -= 5.0  # a quarter of the data lies apart
+        return y
+
+    x = 4 * torch.randn(1, 64, 2, generator=generator)
+    for i in range(300):
+        scale, v = drift(x, faces())
+        x = x + 0.05 * 0.01 ** (i / 300) * scale * v
+    apart = x[0].sum(1) < -5
+    assert 0.2 < apart.float().mean() < 0.35
+    for part, centre in ((apart, -5.0), (~apart, 0.0)):
+        torch.testing.assert_close(x[0, part].mean(0), torch.full((2,), centre), rtol=0, atol=0.5)
+        torch.testing.assert_close(x[0, part].std(0), torch.ones(2), rtol=0, atol=0.5)
+
+
+def test_loss_of_drifting_moves_each_nfes_samples_by_their_own_drift(monkeypatch):
+    objective, nets = make_objective("drifting/t=0.25", CustomScheduler(16)), known_nets()
+    data, noise = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def seen(model, x, t):
+        asked.append((model, t))
+        return [x.reshape(len(x), 2, 3).transpose(0, 1), 5 * x[None, :, :2]]  # two places of three, one of two
+
+    monkeypatch.setattr(drifting, "features", seen)
+    draw = objective.draw(data.shape)
+    assert sorted(draw["nfe"].tolist()) == [1, 1, 1, 1, 2, 2, 4, 4]
+    loss, logs = objective.loss(nets, data, noise, 0.0, draw)
+    assert asked == [(nets.teacher, 0.25)] * 2
+    for k in (1, 2, 4):
+        rows = draw["nfe"] == k
+        x, times = noise[rows], torch.linspace(1, 0, k + 1)
+        for t, s in zip(times, times[1:], strict=False):
+            x = nets.student.jump(x, t.expand(len(x)), s.expand(len(x)))
+        expected = gradient = 0.0
+        for found, wanted in zip(seen(None, x, None), seen(None, data, None), strict=True):
+            scale, v = drift(found.detach(), wanted)
+            expected = expected + v.square().mean((0, 2)) / 2
+            gradient = gradient - (2 * v / scale * found).mean((0, 2)).sum() / 2  # down it samples go along v
+        torch.testing.assert_close(loss[rows], expected)
+        torch.testing.assert_close(logs[f"loss_drift_{k}"], expected)
+        found, wanted = (
+            torch.autograd.grad(of, nets.student.scale, retain_graph=True)[0] for of in (loss[rows].sum(), gradient)
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_features_that_samples_drift_in(randomised):
+    model = randomised(create_custom_model(objective="drifting", unet="small", image_size=32)).eval()
+    x, _ = batch(2)
+    found = drifting.features(model, x, 0.25)
+    # Places, means and deviations: of 32x32 no places, of 4x4 the patches of four are all there is.
+    places = [256, 256, 64, 64, 1, 1, 256, 64, 64, 16, 16, 1, 1, 64, 16, 16, 4, 4, 1, 1, 16, 4, 4, 1, 1]
+    assert [f.shape[:2] for f in found] == [(count, 2) for count in places]
+    seen = []
+    model.network.middleblocks[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.predict(x, 0.25)
+    whole = seen[0].flatten(2)
+    torch.testing.assert_close(found[-2][0], whole.mean(2))
+    torch.testing.assert_close(found[-1][0], whole.std(2, correction=0))
+    torch.testing.assert_close(found[-5].transpose(0, 1), whole.transpose(1, 2))
 
 
 @pytest.mark.parametrize("told", ["true", "false"])

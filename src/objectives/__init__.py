@@ -6,6 +6,7 @@ from src.objectives.alpha_flow import AlphaFlow
 from src.objectives.consistency import Consistency
 from src.objectives.contract import Objective
 from src.objectives.distribution_matching import DistributionMatching
+from src.objectives.drifting import Drifting
 from src.objectives.mean_flow import MeanFlow
 from src.objectives.progressive import Progressive
 from src.objectives.rectified_flow import RectifiedFlow, Reflow
@@ -23,6 +24,7 @@ OBJECTIVES = {
     "trajectory": Trajectory,
     "adversarial": Adversarial,
     "distribution_matching": DistributionMatching,
+    "drifting": Drifting,
 }
 
 

@@ -54,7 +54,7 @@ class Objective(ABC):
     muon: bool = False
 
     # What options of these names must be, in every objective that has them.
-    SHARES = ("flow", "keep", "grid", "real", "hold", "warped")
+    SHARES = ("flow", "keep", "grid", "real", "hold", "warped", "t")
     COUNTS = ("levels", "pairs", "solver_steps", "critic_steps")
     POSITIVE = ("rate", "critic_rate", "alpha", "q", "anchor", "anchor_end", "steady")
     NOT_NEGATIVE = ("gamma", "power", "anneal", "matching")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.module import DownSample
+from src.objectives.encoder import encoded
 from src.utils import NFES
 
 
@@ -91,18 +92,8 @@ class EncoderCritic(nn.Module):
         )
 
     def forward(self, x: Tensor, nfe: Tensor) -> tuple[Tensor, Tensor]:
-        network, zero = self.network, x.new_zeros(len(x))
-        temb = network.time_embedding(zero)
-        if network.use_additional_condition:
-            temb = network.condition_fusion(torch.cat([temb, network.condition_embedding(zero)], dim=-1))
-        h, levels = network.head(x), []
-        for layer in network.downblocks:
-            if isinstance(layer, DownSample):
-                levels.append(h)
-            h = layer(h, temb)
-        for layer in network.middleblocks:
-            h = layer(h, temb)
-        features = torch.cat([_pooled(head, f) for head, f in zip(self.heads, [*levels, h], strict=True)], dim=1)
+        maps = encoded(self.network, x, 0.0)
+        features = torch.cat([_pooled(head, h) for head, h in zip(self.heads, maps, strict=True)], dim=1)
         return _judged(features, nfe, torch.cat([head[-1].weight.flatten(1) for head in self.heads], dim=1)), features
 
 
