@@ -87,7 +87,7 @@ class Objective(ABC):
         """Every random choice of one global batch of `shape` [B, ...]: tensors [B, ...] on the CPU.
 
         The engine slices them along with the data, so neither accumulation nor the number of processes changes what is
-        learned from a sample (but where a loss compares a slice's images with one another: `matching`).
+        learned from a sample (but where a loss compares a slice's images with one another: `matching`, `drifting`).
         """
 
     @abstractmethod

@@ -23,6 +23,8 @@ class Drifting(Objective):
     each resolution of its way down the vectors of the places (up to 16x16), and means and deviations over 2x2 and 4x4
     places and over all (appendix A.5). No critic, and so no game; but what these features do not see nobody corrects.
 
+    Samples drift among those of their slice of the batch and of their process: let slices be as large as memory allows.
+
     Args:
         t: the time that the features are asked at.
     """
