@@ -9,6 +9,7 @@ from torch import Tensor
 from src.objectives.contract import Nets, Objective, eval_mode
 from src.objectives.encoder import encoded
 from src.objectives.rollout import in_turn, sample_through
+from src.utils import NFES
 
 DRAWN = (1, 2, 1, 4)  # the NFE row by row: half of the samples are of NFE 1, which has furthest to go
 TEMPERATURES = (0.02, 0.05, 0.2)  # of the kernel, in units of the mean distance
@@ -51,7 +52,7 @@ class Drifting(Objective):
                 real = features(nets.teacher, data, self.t)
             found = features(nets.teacher, fake, self.t)
         loss, logs = fake.new_zeros(len(data)), {}
-        for k in sorted(set(DRAWN)):
+        for k in NFES:
             rows = (nfe == k).nonzero().squeeze(1)
             here = rows.to(data.device, non_blocking=True)
             each = 0.0
@@ -72,7 +73,7 @@ def features(model, x: Tensor, t: float) -> list[Tensor]:
         side = h.shape[-1]
         if side <= 16:
             found.append(h)
-        for size in sorted({min(2, side), min(4, side), side} - {1}):
+        for size in sorted({2, 4, side}):
             mean = F.avg_pool2d(h, size)
             found += [mean, (F.avg_pool2d(h.square(), size) - mean.square()).clamp(min=1e-6).sqrt()]
     return [h.flatten(2).permute(2, 0, 1) for h in found]
